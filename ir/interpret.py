@@ -1,0 +1,134 @@
+"""The reference interpreter: runs a function on numpy arrays by each operation's own definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from stemma.ir import size
+from stemma.ir.errors import StemmaError, TypeMismatch
+from stemma.ir.function import Function
+from stemma.ir.node import Node
+from stemma.ir.size import SizeLike
+from stemma.ir.types import Array, Quantized, Tensor, Type, dtype, numpy_dtype, round_bf16, widen_bf16
+
+WeightSource = Callable[[str], Any]
+
+
+class Context:
+    """What evaluations may ask for: the float type, sizes, weights, and calls of regions.
+
+    `float` is float64 (the reference) or float32. Narrower float types round only where a `cast` says so.
+    """
+
+    def __init__(self, weights: WeightSource | None, float_type: type = np.float64) -> None:
+        self.float = float_type
+        self.sizes: dict[str, int] = {}
+        self._weights = weights
+
+    def numpy(self, name: str) -> np.dtype[Any]:
+        """The numpy type in which values of the element type `name` are computed."""
+        return np.dtype(self.float) if dtype(name).kind == "float" else numpy_dtype(name)
+
+    def size(self, expression: SizeLike) -> int:
+        return size.evaluate(expression, self.sizes)
+
+    def weight(self, name: str, type: Tensor) -> Any:
+        """The stored value, floats widened to `float`; StemmaError when its shape is not the declared one."""
+        if self._weights is None:
+            raise StemmaError(f"The weight {name!r} is needed, but no weights were given.")
+        value = self._weights(name)
+        if tuple(value.shape) != type.shape:
+            raise StemmaError(f"The weight {name!r} has the shape {tuple(value.shape)}, the module expects {type.shape}.")
+        return value if isinstance(value, Quantized) else value.astype(self.numpy(type.dtype), copy=False)
+
+    def cast(self, x: Any, name: str) -> Any:
+        if name == "bf16":
+            return widen_bf16(round_bf16(x.astype(np.float32))).astype(self.float)
+        if name == "f16":
+            with np.errstate(over="ignore"):
+                return x.astype(np.float16).astype(self.float)
+        return x.astype(self.numpy(name))
+
+    def call(self, function: Function, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Evaluate a function or region; values are freed after their last use."""
+        values: dict[Node, Any] = dict(zip(function.params, arguments, strict=True))
+        remaining = {node: len(users) for node, users in function.users().items()}
+        for result in function.results:
+            remaining[result] += 1
+        for node in function.nodes:
+            if node not in values:
+                inputs = [values[i] for i in node.inputs]
+                values[node] = node.op.evaluate(self, *inputs, **node.attrs)
+            for i in dict.fromkeys(node.inputs):
+                remaining[i] -= 1
+                if not remaining[i]:
+                    del values[i]
+        return tuple(values[r] for r in function.results)
+
+
+def bind_sizes(types: Sequence[Type], shapes: Sequence[tuple[int, ...]], names: Sequence[str]) -> dict[str, int]:
+    """Values of the dimensions from concrete shapes; StemmaError naming the input that does not fit."""
+    values: dict[str, int] = {}
+    composite: list[tuple[SizeLike, int, str]] = []
+    for type, shape, name in zip(types, shapes, names, strict=True):
+        if not isinstance(type, Tensor) or len(shape) != type.rank:
+            raise StemmaError(f"The input {name!r} has {len(shape)} axes; it must be {type!r}.")
+        for expected, actual in zip(type.shape, shape, strict=True):
+            found = size.dims(expected)
+            if isinstance(expected, size.Size) and len(found) == 1 and expected is size.dim(*_fields(next(iter(found)))):
+                d = next(iter(found))
+                if not d.lo <= actual <= d.hi:
+                    raise StemmaError(f"The input {name!r} has the size {actual} for {d.name}; allowed: {d.lo}..{d.hi}.")
+                if values.setdefault(d.name, actual) != actual:
+                    raise StemmaError(f"The input {name!r} has {d.name} = {actual}, another input has {values[d.name]}.")
+            else:
+                composite.append((expected, actual, name))
+    for expected, actual, name in composite:
+        if size.evaluate(expected, values) != actual:
+            raise StemmaError(f"The input {name!r} has the size {actual} where {expected} is expected.")
+    return values
+
+
+def _fields(d: size.Dim) -> tuple[str, int, int]:
+    return d.name, d.lo, d.hi
+
+
+def interpret(
+    function: Function,
+    inputs: Mapping[str, Array] | Sequence[Array],
+    weights: WeightSource | Mapping[str, Any] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    float_type: type = np.float64,
+) -> dict[str, Any]:
+    """Run `function` on arrays (by parameter name or in order); returns results by name.
+
+    Float inputs are widened to `float_type`. `weights` maps a name to an array (bf16 given as widened floats) or `Quantized`.
+    `sizes` gives dimensions that no input shows. Raises StemmaError when inputs do not fit the parameters.
+    """
+    names = [p.attrs["name"] for p in function.params]
+    given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=True))
+    if given.keys() != set(names):
+        raise StemmaError(f"The function {function.name!r} takes {', '.join(names)}; given: {', '.join(given)}.")
+    source = weights.__getitem__ if isinstance(weights, Mapping) else weights
+    context = Context(source, float_type)
+    values = [given[n] if isinstance(given[n], Quantized) else np.asarray(given[n]) for n in names]
+    context.sizes = dict(sizes or {}) | bind_sizes([p.type for p in function.params], [v.shape for v in values], names)
+    arguments = []
+    for parameter, value in zip(function.params, values, strict=True):
+        if not isinstance(value, Quantized):
+            value = value.astype(context.numpy(parameter.dtype), copy=False)
+        arguments.append(value)
+    return dict(zip(function.result_names, context.call(function, arguments), strict=True))
+
+
+def evaluate_constant(node: Node, weights: WeightSource | None, float_type: type = np.float32) -> Any:
+    """The value of a constant expression (over weights and constants only); TypeMismatch if it needs a parameter."""
+    context = Context(weights, float_type)
+    for n in Function("", (), {"value": node}).nodes:
+        if n.op.name == "param":
+            raise TypeMismatch(f"{node!r} depends on the parameter {n.attrs['name']!r}, so it is not constant.")
+    return context.call(Function("", (), {"value": node}), ())[0]

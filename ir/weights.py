@@ -1,0 +1,48 @@
+"""Named weights, loaded one at a time: the data side of a module, which itself only names them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from stemma.ir.errors import CheckpointError
+from stemma.ir.types import Tensor
+
+
+class WeightStore:
+    """Maps a weight's name to its type and a loader; nothing is kept in memory between loads.
+
+    Calling the store with a name returns the value: a float array (bf16 widened to float32), an integer array, or `Quantized`.
+    So a store serves as the `weights` argument of the interpreter. Passes that compute new weights `add` them under new names.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[Tensor, Callable[[], Any]]] = {}
+
+    def add(self, name: str, type: Tensor, load: Callable[[], Any]) -> None:
+        """Register a weight; CheckpointError when the name is taken."""
+        if name in self._entries:
+            raise CheckpointError(f"Two weights are called {name!r}.")
+        self._entries[name] = (type, load)
+
+    def __call__(self, name: str) -> Any:
+        if name not in self._entries:
+            raise CheckpointError(f"The module reads the weight {name!r}, which the checkpoint does not have.")
+        type, load = self._entries[name]
+        value = load()
+        if tuple(value.shape) != type.shape:
+            raise CheckpointError(f"The weight {name!r} has the shape {tuple(value.shape)} instead of {type.shape}.")
+        return value
+
+    def type(self, name: str) -> Tensor:
+        """The declared type of a weight."""
+        return self._entries[name][0]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)

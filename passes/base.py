@@ -1,0 +1,47 @@
+"""What a pass is: a frozen dataclass whose fields are its options, with a label that says how exact it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from stemma.ir import Array, Module, WeightStore
+
+Label = Literal["identical", "distribution", "lossy"]
+
+
+@dataclass
+class PassContext:
+    """What a pass may use besides the module.
+
+    weights: the named weights; a pass may add new ones. calibration: integer arrays [tokens], one per calibration document.
+    measured: names and values that earlier passes or the machine probe recorded (bytes per second, ...).
+    """
+
+    weights: WeightStore = field(default_factory=WeightStore)
+    calibration: tuple[Array, ...] = ()
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes.
+
+    Subclasses are frozen dataclasses: their fields are the options of `--pass "name{option=value}"`. `label` is `identical` (same
+    results up to the rounding of reordered arithmetic in the reference semantics: none), `distribution` (sampling follows the same
+    distribution) or `lossy` (measured). `requires` and `ensures` name properties of a module that must hold before and hold after.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[Label] = "identical"
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, module: Module, context: PassContext) -> Module:
+        """The transformed module; the same object when nothing applied."""
+        raise NotImplementedError
+
+    def options(self) -> Mapping[str, object]:
+        """The options and their values, for the manifest."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}

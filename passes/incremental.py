@@ -1,0 +1,201 @@
+"""The incremental pass: a plain causal graph becomes a decode step over a key-value cache.
+
+    forward(ids [batch, tokens]) -> logits [batch, tokens, vocab]
+      ->
+    step(tokens [rows], positions [rows], slots [rows], sequence [rows], table [sequences, context], selected [outputs],
+         k_cache_0 [heads, slots, width], v_cache_0, ...) -> logits [outputs, vocab], k_cache_0, v_cache_0, ...
+
+Rows of all sequences are flattened into one axis, so prefill, decoding, batches and token trees are one function. In a causal
+language model attention is the only operation that mixes positions; everything else runs on the new rows alone. The pass proves
+that from the sizes: an axis whose size mentions `batch` or `tokens` may be carried along, never reduced, sliced or joined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from stemma.ir import Function, Module, Node, PassError, Size, SizeLike, Tensor, dim, dtype, ops, size
+from stemma.passes.base import Pass, PassContext
+
+CACHE_AXIS = 1  # caches are [heads, slots, width]
+
+
+@dataclass(frozen=True)
+class Incremental(Pass):
+    """Derive the decode step of a causal language model. `rows` is the largest number of rows of one call."""
+
+    rows: int = 512
+    name: ClassVar[str] = "incremental"
+    requires: ClassVar[frozenset[str]] = frozenset({"causal_lm"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"step"})
+
+    def run(self, module: Module, context: PassContext) -> Module:
+        """Replace `forward` by `step`; PassError names the operation that mixes positions."""
+        step = _Step(module["forward"], self.rows, int(module.properties.get("context", size.UNBOUNDED))).build()
+        return Module((step, *(f for f in module if f.name != "forward")), module.properties)
+
+
+class _Step:
+    """One derivation; `new` maps nodes of the plain graph to nodes of the step."""
+
+    def __init__(self, forward: Function, max_rows: int, context: int) -> None:
+        self.forward = forward
+        self.ids = _token_parameter(forward)
+        self.batch, self.tokens = self.ids.shape
+        self.rows = dim("rows", 1, max_rows)
+        self.outputs = dim("outputs", 0, max_rows)
+        self.slots = dim("slots", 1)
+        rows = Tensor("i32", (self.rows,))
+        table = Tensor("i32", (dim("sequences", 1), dim("context", 1, context)))
+        self.inputs = {n: ops.param(name=n, type=rows) for n in ("tokens", "positions", "slots", "sequence")}
+        self.inputs["table"] = ops.param(name="table", type=table)
+        self.inputs["selected"] = ops.param(name="selected", type=Tensor("i32", (self.outputs,)))
+        self.caches: list[Node] = []
+        self.updated: list[Node] = []
+        self.shared: dict[tuple[Node, Node], tuple[Node, Node]] = {}
+        self.new: dict[Node, Node] = {}
+
+    def build(self) -> Function:
+        for node in self.forward.nodes:
+            self.new[node] = self.convert(node)
+        logits = self.new[self.forward.results[0]]
+        if logits.tensor.rank != 3 or logits.shape[:2] != (1, self.rows):
+            raise PassError(f"incremental: the first result must be [batch, tokens, vocabulary], it is {logits.type!r}.")
+        needed = set(Function("", (), [(str(i), n) for i, n in enumerate(self.updated)]).nodes)
+        selected = _Selection(self.rows, self.outputs, self.inputs["selected"], needed).of(logits)
+        results = {"logits": ops.reshape(selected, shape=(self.outputs, logits.shape[2]))}
+        names = [c.attrs["name"] for c in self.caches]
+        return Function("step", (*self.inputs.values(), *self.caches), results | dict(zip(names, self.updated, strict=True)))
+
+    def substituted(self, value: Any) -> Any:
+        """Sizes of the plain graph in terms of rows: batch = 1, tokens = rows."""
+        if isinstance(value, tuple):
+            return tuple(self.substituted(v) for v in value)
+        if isinstance(value, Size):
+            return size.substitute(value, {str(self.batch): 1, str(self.tokens): self.rows})
+        return value
+
+    def varies(self, extent: SizeLike) -> bool:
+        return bool(size.dims(extent) & (size.dims(self.batch) | size.dims(self.tokens)))
+
+    def convert(self, node: Node) -> Node:
+        name = node.op.name
+        inputs = [self.new[i] for i in node.inputs]
+        if node is self.ids:
+            return ops.cast(ops.reshape(self.inputs["tokens"], shape=(1, self.rows)), dtype=node.dtype)
+        if name == "param":
+            raise PassError(f"incremental: the model has a second input {node.attrs['name']!r}; only token ids are supported.")
+        if name == "iota" and self.varies(node.attrs["size"]):
+            if node.attrs["size"] is not self.tokens:
+                raise self.mixes(node, f"it counts to {node.attrs['size']}")
+            return ops.cast(self.inputs["positions"], dtype=node.dtype)
+        if name == "size_value" and self.varies(node.attrs["size"]):
+            raise self.mixes(node, f"its value depends on the length ({node.attrs['size']})")
+        if name == "attention":
+            return self.attention(node, *inputs)
+        self.check(node)
+        return node.op(*inputs, **{k: self.substituted(v) for k, v in node.attrs.items()})
+
+    def mixes(self, node: Node, why: str) -> PassError:
+        where = f" at {node.origin.line}" if node.origin.line else ""
+        return PassError(f"incremental: {node.op.name}{where} mixes positions: {why}. Only causal attention may.")
+
+    def check(self, node: Node) -> None:
+        """Raise unless the node treats every row alone."""
+        attrs = node.attrs
+        for i, value in enumerate(node.inputs):
+            forbidden: tuple[int, ...] = ()
+            rank = value.tensor.rank
+            if "axes" in attrs and node.op.name != "transpose":
+                forbidden = attrs["axes"]
+            elif node.op.name in ("slice", "concat", "softmax", "argmax", "cumsum", "take_along"):
+                forbidden = (attrs["axis"],)
+            elif node.op.name in ("take", "scatter") and i == 0:
+                forbidden = (attrs["axis"],)
+            elif node.op.name in ("linear", "rms_norm", "layer_norm", "rope", "quantize"):
+                forbidden = (rank - 1,)
+            elif node.op.name == "matmul":
+                forbidden = (rank - 1,) if i == 0 else (rank - 2,)
+            elif node.op.name == "pad":
+                forbidden = tuple(a for a in range(rank) if attrs["low"][a] or attrs["high"][a])
+            elif node.op.name in ("conv", "fused", "loop", "cond", "cached_attention"):
+                forbidden = tuple(range(rank))
+            for axis in forbidden:
+                if self.varies(value.shape[axis]):
+                    raise self.mixes(node, f"it works along an axis of size {value.shape[axis]}")
+        if sum(self.varies(s) and bool(size.dims(s) & size.dims(self.tokens)) for s in node.shape) > 1:
+            raise self.mixes(node, f"its value {node.type!r} relates tokens to tokens")
+        if node.op.name == "reshape":
+            before, after = (self.stride(n) for n in (node.inputs[0], node))
+            if before != after:
+                raise self.mixes(node, "it moves elements between rows")
+
+    def stride(self, node: Node) -> SizeLike | None:
+        """Elements from one token to the next, in row-major order; None when the value has no token axis."""
+        for axis, extent in enumerate(node.shape):
+            if size.dims(extent) & size.dims(self.tokens):
+                return size.product(node.shape[axis + 1 :])
+        return None
+
+    def attention(self, node: Node, q: Node, k: Node, v: Node, mask: Node | None = None) -> Node:
+        attrs = node.attrs
+        if mask is not None or not attrs["causal"]:
+            problem = "its mask was not understood" if mask is not None else "it is not causal"
+            raise self.mixes(node, f"{problem} (`stemma why attention_mask MODEL` shows more)")
+        if node.inputs[0].shape[2] is not self.tokens or node.inputs[1].shape[2] is not self.tokens:
+            raise self.mixes(node, f"queries {node.inputs[0].type!r} and keys {node.inputs[1].type!r} are not the same tokens")
+        if (k, v) not in self.shared:
+            self.shared[k, v] = (self.cache("k", k), self.cache("v", v))
+        k_cache, v_cache = self.shared[k, v]
+        _, heads, _, width = q.shape
+        rows = ops.reshape(ops.transpose(q, axes=(0, 2, 1, 3)), shape=(self.rows, heads, width))
+        result = ops.cached_attention(
+            rows, k_cache, v_cache, self.inputs["table"], self.inputs["sequence"], self.inputs["positions"],
+            scale=attrs["scale"], window=attrs["window"], softcap=attrs["softcap"],
+        )  # fmt: skip
+        return ops.transpose(ops.reshape(result, shape=(1, self.rows, heads, v.shape[3])), axes=(0, 2, 1, 3))
+
+    def cache(self, kind: str, value: Node) -> Node:
+        """Write the new rows [1, heads, rows, width] into a cache; the updated cache."""
+        _, heads, _, width = value.shape
+        name = f"{kind}_cache_{len(self.caches) // 2}"
+        self.caches.append(ops.param(name=name, type=Tensor(value.dtype, (heads, self.slots, width))))
+        rows = ops.reshape(value, shape=(heads, self.rows, width))
+        self.updated.append(ops.scatter(self.caches[-1], self.inputs["slots"], rows, axis=CACHE_AXIS))
+        return self.updated[-1]
+
+
+class _Selection:
+    """The values of the wanted rows only, computed from as early as nothing else needs all rows."""
+
+    def __init__(self, rows: SizeLike, outputs: SizeLike, selected: Node, needed: set[Node]) -> None:
+        self.rows, self.outputs, self.selected, self.needed = rows, outputs, selected, needed
+        self.memo: dict[Node, Node] = {}
+
+    def of(self, node: Node) -> Node:
+        order = Function("", (), {"value": node}).nodes
+        for n in order:
+            self.memo[n] = self.one(n)
+        return self.memo[node]
+
+    def one(self, node: Node) -> Node:
+        axis = next((a for a, s in enumerate(node.shape) if s is self.rows), None)
+        if axis is None:
+            return node
+        if node in self.needed or not node.inputs:
+            return ops.take(node, self.selected, axis=axis)
+        attrs = {k: self.substituted(v) for k, v in node.attrs.items()}
+        return node.op(*(self.memo[i] for i in node.inputs), **attrs)
+
+    def substituted(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self.substituted(v) for v in value)
+        return size.substitute(value, {str(self.rows): self.outputs}) if isinstance(value, Size) else value
+
+
+def _token_parameter(forward: Function) -> Node:
+    for param in forward.params:
+        if dtype(param.dtype).kind == "int" and param.tensor.rank == 2 and all(isinstance(s, Size) for s in param.shape):
+            return param
+    raise PassError(f"incremental: {forward!r} has no parameter of token ids [batch, tokens] with symbolic sizes.")

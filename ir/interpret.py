@@ -50,7 +50,7 @@ class Context:
         if name == "f16":
             with np.errstate(over="ignore"):
                 return x.astype(np.float16).astype(self.float)
-        return x.astype(self.numpy(name))
+        return x.astype(self.numpy(name), copy=False)
 
     def call(self, function: Function, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Evaluate a function or region; values are freed after their last use."""

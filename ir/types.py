@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -137,6 +139,10 @@ class Quantized:
     def shape(self) -> tuple[int, ...]:
         return self.codes.shape
 
+    def __getitem__(self, rows: slice) -> Quantized:
+        """A range of the first axis."""
+        return Quantized(self.dtype, self.codes[rows], self.scales[rows])
+
     def dequantize(self) -> NDArray[np.float32]:
         """float32 values, codes * scale."""
         group = dtype(self.dtype).group or self.codes.shape[-1]
@@ -158,25 +164,46 @@ def quantize_array(values: Array, name: str) -> Quantized:
     group = kind.group or columns
     if group == 0 or columns % group:
         raise TypeMismatch(f"A last axis of {columns} is no multiple of the group {group} of {name}.")
-    grouped = np.asarray(values, np.float32).reshape(*values.shape[:-1], -1, group)
+    rows = values.reshape(-1, columns)
+    codes = np.empty(rows.shape, np.int8)
+    scales = np.empty((len(rows), columns // group), np.float32)
+    step = max(1, QUANTIZE_BLOCK // columns)  # a block that stays in cache, and bounds the memory of temporaries
+
+    def work(start: int) -> None:
+        block = rows[start : start + step]
+        codes[start : start + step], scales[start : start + step] = _quantize_block(block, kind, group)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # numpy releases the interpreter lock
+        list(pool.map(work, range(0, len(rows), step)))
+    return Quantized(name, codes.reshape(values.shape), scales.reshape(*values.shape[:-1], -1))
+
+
+QUANTIZE_BLOCK = 1 << 18  # elements
+
+
+def _quantize_block(values: Array, kind: DType, group: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes and scales of [rows, columns] values."""
+    grouped = np.asarray(values, np.float32).reshape(len(values), -1, group)
     largest = grouped.max(axis=-1, keepdims=True)
     smallest = grouped.min(axis=-1, keepdims=True)
     if not (np.isfinite(largest).all() and np.isfinite(smallest).all()):
-        raise TypeMismatch(f"Values to be stored as {name} are not finite (NaN or infinity).")
+        raise TypeMismatch(f"Values to be stored as {kind.name} are not finite (NaN or infinity).")
     if kind.low == -kind.high:
         scale = np.maximum(largest, -smallest) / np.float32(kind.high)
     else:
         scale = np.where(-smallest >= largest, smallest, largest) / np.float32(kind.low)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    codes = np.rint(np.clip(grouped * inverse, kind.low, kind.high))
+    codes = grouped * inverse
+    np.rint(np.clip(codes, kind.low, kind.high, out=codes), out=codes)
     if kind.scale_bits == 16:
         energy = np.einsum("...i,...i->...", codes, codes)[..., None]
         fitted = np.einsum("...i,...i->...", grouped, codes)[..., None]
         scale = np.divide(fitted, energy, out=np.zeros_like(scale), where=energy != 0)
-        scale = scale.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scale = scale.astype(np.float16).astype(np.float32)
         if not np.isfinite(scale).all():
-            raise TypeMismatch(f"A scale of {name} overflows f16: the values are too large for this element type.")
-    return Quantized(name, codes.astype(np.int8).reshape(values.shape), scale[..., 0])
+            raise TypeMismatch(f"A scale of {kind.name} overflows f16: the values are too large for this element type.")
+    return codes.astype(np.int8).reshape(values.shape), scale[..., 0]
 
 
 def round_bf16(values: Array) -> NDArray[np.uint16]:

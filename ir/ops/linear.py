@@ -16,6 +16,9 @@ from stemma.ir.size import SizeLike
 from stemma.ir.types import Quantized, Tensor, Type, dtype, quantize_array
 
 
+WEIGHT_BLOCK = 1 << 24  # elements
+
+
 def plain(x: Any) -> Any:
     """An array of floats, whatever the storage."""
     return x.dequantize() if isinstance(x, Quantized) else x
@@ -62,7 +65,10 @@ class Linear(Op):
         return Tensor(result, (*x.shape[:-1], w.shape[0]))
 
     def evaluate(self, ctx: Any, x: Any, w: Any, bias: Any = None) -> Any:
-        product = plain(x).astype(ctx.float) @ plain(w).astype(ctx.float).T
+        x = plain(x).astype(ctx.float, copy=False)
+        step = max(1, WEIGHT_BLOCK // max(1, w.shape[1]))  # bounds the memory of widened weights
+        blocks = (w[i : i + step] for i in range(0, w.shape[0], step))
+        product = np.concatenate([x @ plain(b).astype(ctx.float, copy=False).T for b in blocks], axis=-1)
         return product if bias is None else product + bias
 
     def decompose(self, x: Node, w: Node, bias: Node | None = None) -> Node:

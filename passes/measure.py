@@ -1,0 +1,103 @@
+"""What a lossy pass costs: the changed module against the one it came from, on the same inputs, by the reference semantics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stemma.ir import Array, Function, Module, PassError, WeightStore, dtype, interpret, size
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Differences of the next-token distributions (causal language models) over `tokens` calibration positions.
+
+    kl: mean Kullback-Leibler divergence KL(before || after) in nats per token; kl_max: its maximum over positions.
+    top1: share of positions with the same most likely token. perplexity_before, perplexity_after: exp of the mean negative log
+    likelihood of the next calibration token. first_divergence: number of positions before the first one whose most likely token
+    differs; None when none does. error: relative L2 difference of the outputs.
+    """
+
+    tokens: int
+    error: float
+    kl: float | None = None
+    kl_max: float | None = None
+    top1: float | None = None
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+    first_divergence: int | None = None
+
+
+def measure(before: Module, after: Module, weights: WeightStore, calibration: Sequence[Array]) -> Loss:
+    """Evaluate both modules' `forward` in float32, one document at a time; weights are streamed, one tensor in memory.
+
+    calibration: integer arrays [tokens], at least one of two tokens or more for a language model. Other models are compared on
+    seeded random inputs. PassError when there is nothing to measure on.
+    """
+    if before.properties.get("kind") != "causal_lm":
+        return _measure_outputs(before["forward"], after["forward"], weights)
+    documents = [np.asarray(d) for d in calibration if len(d) > 1]
+    if not documents:
+        raise PassError("A lossy pass needs calibration text of at least two tokens to measure its cost. Give --calibration FILE.")
+    divergences, agreement, likelihood = [], [], []
+    difference = energy = 0.0
+    for document in documents:
+        logits = [_logits(m["forward"], document, weights) for m in (before, after)]
+        difference += float(np.sum((logits[1] - logits[0]) ** 2, dtype=np.float64))
+        energy += float(np.sum(logits[0] ** 2, dtype=np.float64))
+        for a, b, token in zip(logits[0], logits[1], [*document[1:], None], strict=True):
+            p, q = _log_softmax(a), _log_softmax(b)
+            divergences.append(max(0.0, float(np.sum(np.exp(p) * (p - q)))))
+            agreement.append(bool(np.argmax(a) == np.argmax(b)))
+            if token is not None:
+                likelihood.append((-p[token], -q[token]))
+    perplexity = np.exp(np.mean(likelihood, axis=0))
+    return Loss(
+        tokens=len(divergences),
+        error=float(np.sqrt(difference / energy)) if energy else 0.0,
+        kl=float(np.mean(divergences)),
+        kl_max=float(np.max(divergences)),
+        top1=float(np.mean(agreement)),
+        perplexity_before=float(perplexity[0]),
+        perplexity_after=float(perplexity[1]),
+        first_divergence=agreement.index(False) if False in agreement else None,
+    )
+
+
+def _logits(forward: Function, document: Array, weights: WeightStore) -> Array:
+    """[tokens, vocabulary] in float32."""
+    inputs = {forward.params[0].attrs["name"]: document[None]}
+    result: Array = interpret(forward, inputs, weights, float_type=np.float32)[forward.result_names[0]][0]
+    return result
+
+
+def _log_softmax(logits: Array) -> Array:
+    x = logits.astype(np.float64)
+    x -= x.max()
+    shifted: Array = x - np.log(np.sum(np.exp(x)))
+    return shifted
+
+
+def _measure_outputs(before: Function, after: Function, weights: WeightStore) -> Loss:
+    inputs = random_inputs(before)
+    results = [interpret(f, inputs, weights, float_type=np.float32) for f in (before, after)]
+    pairs = [(results[0][n], results[1][n]) for n in before.result_names]
+    difference = sum(float(np.sum((b - a) ** 2, dtype=np.float64)) for a, b in pairs)
+    energy = sum(float(np.sum(a**2, dtype=np.float64)) for a, _ in pairs)
+    return Loss(tokens=0, error=float(np.sqrt(difference / energy)) if energy else 0.0)
+
+
+def random_inputs(function: Function, extent: int = 8, seed: int = 0) -> dict[str, Array]:
+    """Seeded inputs for every parameter; symbolic sizes become `extent`, brought into their ranges. Integers are 0 or 1."""
+    rng = np.random.default_rng(seed)
+    values = {d.name: min(max(extent, d.lo), d.hi) for d in function.dims()}
+    inputs: dict[str, Array] = {}
+    for param in function.params:
+        shape = [size.evaluate(s, values) for s in param.shape]
+        if dtype(param.dtype).kind == "float":
+            inputs[param.attrs["name"]] = rng.standard_normal(shape).astype(np.float32)
+        else:
+            inputs[param.attrs["name"]] = rng.integers(0, 2, shape)
+    return inputs

@@ -1,0 +1,118 @@
+"""The incremental pass: any way of feeding rows into the step gives the logits of the plain forward."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stemma.ir import Array, Function, Module, PassError, Tensor, interpret, ops, parse_module, print_module, verify
+from stemma.passes.base import PassContext
+from stemma.passes.fuse import Fuse, JoinLinears
+from stemma.passes.incremental import Incremental
+from tests.programs import BATCH, TOKENS, tiny_lm
+
+pytestmark = pytest.mark.quick
+SLOTS = 40
+FREE = ("param", "weight", "constant", "reshape", "concat", "get")
+
+
+def step_of(module: Module) -> Module:
+    step = Incremental().run(module, PassContext())
+    verify(step)
+    assert parse_module(print_module(step)) is step
+    return step
+
+
+def feed(step: Function, weights: dict[str, Array], sequences: list[Array], calls: list[list[tuple[int, int]]], seed: int) -> list[Array]:
+    """Logits per sequence from calls that each list (sequence, position) rows, over randomly scattered cache slots."""
+    rng = np.random.default_rng(seed)
+    table = rng.permutation(SLOTS).reshape(len(sequences), -1).astype(np.int32)
+    state = {p.attrs["name"]: rng.standard_normal((p.shape[0], SLOTS, p.shape[2])) for p in step.params[6:]}  # type: ignore[call-overload]
+    logits = [np.zeros((len(s), 50)) for s in sequences]
+    for rows in calls:
+        sequence, positions = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+        inputs = {
+            "tokens": np.array([sequences[s][p] for s, p in rows]), "positions": positions, "sequence": sequence,
+            "slots": table[sequence, positions], "table": table, "selected": np.arange(len(rows)),
+        }  # fmt: skip
+        results = interpret(step, {**inputs, **state}, weights)
+        for (s, p), row in zip(rows, results.pop("logits"), strict=True):
+            logits[s][p] = row
+        state = results
+    return logits
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3), window=st.sampled_from([None, 1, 3]),
+    softcap=st.sampled_from([None, 2.0]), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_any_schedule_equals_the_plain_forward(
+    lengths: list[int], window: int | None, softcap: float | None, seed: int
+) -> None:
+    """Prefill in chunks, one by one, several sequences of different lengths interleaved: float64 equality up to rounding."""
+    if SLOTS % len(lengths):
+        lengths = lengths[:2]
+    module, weights = tiny_lm(window=window, softcap=softcap)
+    rng = np.random.default_rng(seed)
+    sequences = [rng.integers(0, 50, n) for n in lengths]
+    calls: list[list[tuple[int, int]]] = []
+    done = [0] * len(lengths)
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        rows: list[tuple[int, int]] = []
+        for s, n in enumerate(lengths):
+            take = int(rng.integers(0, n - done[s] + 1))
+            rows += [(s, p) for p in range(done[s], done[s] + take)]
+            done[s] += take
+        if rows:
+            calls.append(rows)
+    found = feed(step_of(module)["step"], weights, sequences, calls, seed)
+    for tokens, logits in zip(sequences, found, strict=True):
+        expected = interpret(module["forward"], [tokens[None]], weights)["logits"][0]
+        np.testing.assert_allclose(logits, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_selected_rows_only_and_last_layer_reduced() -> None:
+    """Only the wanted rows come out, and the last layer's query and MLP run on them alone."""
+    module, weights = tiny_lm()
+    step = step_of(module)["step"]
+    full = [n for n in step.nodes if n.op.name == "linear" and str(n.shape[1]) == "rows"]
+    wanted = [n for n in step.nodes if n.op.name == "linear" and str(n.shape[1]) == "outputs"]
+    assert (len(full), len(wanted)) == (7 + 2, 5 + 1)  # one whole layer and k, v; then q, o, gate, up, down, head
+
+
+def test_fusion_keeps_every_value() -> None:
+    """Joined and fused steps compute the very same numbers, in fewer launches."""
+    module, weights = tiny_lm(window=3)
+    context = PassContext()
+    plain = step_of(module)
+    fused = Fuse().run(JoinLinears().run(plain, context), context)
+    verify(fused)
+    assert parse_module(print_module(fused)) is fused
+    rows = [(0, p) for p in range(6)]
+    a, b = (feed(m["step"], weights, [np.arange(6) * 7 % 50], [rows[:4], rows[4:]], 3)[0] for m in (plain, fused))
+    np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
+    launches = [[n for n in m["step"].nodes if n.op.name not in FREE] for m in (plain, fused)]
+    assert (len(launches[0]), len(launches[1])) == (62, 40)
+
+
+@pytest.mark.parametrize("broken", ["mean", "reverse", "bidirectional", "length"])
+def test_mixing_positions_is_an_error(broken: str) -> None:
+    """What cannot be decoded step by step is refused, naming the operation."""
+    ids = ops.param(name="input_ids", type=Tensor("i64", (BATCH, TOKENS)))
+    x = ops.embedding(ops.weight(name="e", type=Tensor("f32", (50, 8))), ids)
+    if broken == "mean":
+        x = x + ops.reduce_sum(x, axes=(1,), keepdims=True)
+    elif broken == "reverse":
+        x = ops.reshape(ops.transpose(x, axes=(0, 2, 1)), shape=(BATCH, TOKENS, 8))
+    elif broken == "length":
+        x = x * ops.cast(ops.size_value(size=TOKENS), dtype="f32")
+    else:
+        heads = ops.reshape(x, shape=(BATCH, 1, TOKENS, 8))
+        x = ops.reshape(ops.attention(heads, heads, heads, causal=False, scale=1.0), shape=(BATCH, TOKENS, 8))
+    module = Module([Function("forward", [ids], {"logits": x})], {"kind": "causal_lm"})
+    names = {"mean": "reduce_sum", "reverse": "reshape", "length": "size_value", "bidirectional": "attention"}
+    with pytest.raises(PassError, match=f"{names[broken]}.* mixes positions"):
+        Incremental().run(module, PassContext())

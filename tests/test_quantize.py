@@ -1,0 +1,91 @@
+"""Quantization passes and the measurement of what they cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stemma.ir import Module, PassError, Tensor, TypeMismatch, WeightStore, parse_module, print_module, quantize_array, verify
+from stemma.passes.base import PassContext
+from stemma.passes.measure import measure
+from stemma.passes.quantize import Quantize, RoundActivations
+from tests.programs import tiny_lm
+
+pytestmark = pytest.mark.quick
+
+
+def store(weights: dict[str, np.ndarray]) -> WeightStore:  # type: ignore[type-arg]
+    result = WeightStore()
+    for name, value in weights.items():
+        result.add(name, Tensor("f32", value.shape), lambda v=value: v)
+    return result
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["int8", "int4_g32", "int4_g64", "q8_g32"]), rows=st.integers(1, 5), groups=st.integers(1, 4),
+    scale=st.floats(1e-3, 1e3), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_rounding_error_is_within_half_a_step(name: str, rows: int, groups: int, scale: float, seed: int) -> None:
+    """Every value is off by at most half a step, an f16 scale's rounding and the clipped end of the asymmetric 4-bit range."""
+    x = (np.random.default_rng(seed).standard_normal((rows, groups * 64)) * scale).astype(np.float32)
+    q = quantize_array(x, name)
+    group = 64 * groups if name == "int8" else int(name.split("_g")[1])
+    step = np.repeat(np.abs(q.scales), group, axis=1).reshape(x.shape)
+    bound = 0.5 + 1e-5 if not name.startswith("int4") else 1.6
+    assert np.all(np.abs(q.dequantize() - x) <= bound * step + 1e-12)
+
+
+def test_zero_and_constant_groups_and_bad_values() -> None:
+    """All-zero groups stay zero, constants are exact, NaN and a group that does not divide are errors."""
+    x = np.concatenate([np.zeros((1, 64)), np.full((1, 64), -3.0)], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(quantize_array(x, "int4_g64").dequantize(), x)
+    with pytest.raises(TypeMismatch, match="not finite"):
+        quantize_array(np.array([[np.nan] * 64], np.float32), "int4_g64")
+    with pytest.raises(TypeMismatch, match="no multiple"):
+        quantize_array(np.zeros((1, 65), np.float32), "int4_g64")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_quantized_model_is_measured(bits: int, activations: str | None) -> None:
+    """The loss is small for 8 bits, larger for 4, and exactly zero when nothing changed."""
+    module, weights = tiny_lm()
+    changed: Module = Quantize(bits=bits, group=32).run(module, PassContext())
+    if activations:
+        changed = RoundActivations(dtype=activations).run(changed, PassContext())
+    verify(changed)
+    assert parse_module(print_module(changed)) is changed
+    assert {n.inputs[1].dtype for n in changed["forward"].nodes if n.op.name == "linear"} == {"int8" if bits == 8 else "int4_g32"}
+    text = [np.random.default_rng(1).integers(0, 50, 24)]
+    loss = measure(module, changed, store(weights), text)
+    low, high = (1e-7, 0.02) if bits == 8 else (1e-4, 1.0)
+    assert loss.kl is not None and low < loss.kl < high
+    assert loss.tokens == 24 and loss.top1 is not None and 0 <= loss.top1 <= 1
+    same = measure(module, module, store(weights), text)
+    assert (same.kl, same.top1, same.error, same.first_divergence) == (0.0, 1.0, 0.0, None)
+    assert same.perplexity_before == same.perplexity_after
+
+
+def test_tied_embedding_stays_tied() -> None:
+    """The embedding and the head read the very same quantized weight."""
+    module, _ = tiny_lm()
+    changed = Quantize(bits=4, group=32).run(module, PassContext())
+    forward = changed["forward"]
+    embedded = next(n.inputs[0] for n in forward.nodes if n.op.name == "embedding")
+    assert forward.results[0].inputs[1] is embedded and embedded.dtype == "int4_g32"
+    kept = Quantize(bits=4, group=32, embeddings=False).run(module, PassContext())["forward"]
+    assert kept.results[0].inputs[1].op.name == "weight"
+
+
+def test_clear_errors() -> None:
+    """A group that does not divide, an unknown width, no calibration text."""
+    module, weights = tiny_lm()
+    with pytest.raises(PassError, match="no multiple of group=48"):
+        Quantize(bits=4, group=48).run(module, PassContext())
+    with pytest.raises(PassError, match="bits=5"):
+        Quantize(bits=5).run(module, PassContext())
+    with pytest.raises(PassError, match="calibration"):
+        measure(module, module, store(weights), [np.array([3])])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from stemma.ir import Array, Module, WeightStore
@@ -17,11 +18,13 @@ class PassContext:
 
     weights: the named weights; a pass may add new ones. calibration: integer arrays [tokens], one per calibration document.
     measured: names and values that earlier passes or the machine probe recorded (bytes per second, ...).
+    fired: how often each rule fired; the manager reads and clears it around every pass.
     """
 
     weights: WeightStore = field(default_factory=WeightStore)
     calibration: tuple[Array, ...] = ()
     measured: dict[str, float] = field(default_factory=dict)
+    fired: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Pass:
 
     Subclasses are frozen dataclasses: their fields are the options of `--pass "name{option=value}"`. `label` is `identical` (same
     results up to the rounding of reordered arithmetic in the reference semantics: none), `distribution` (sampling follows the same
-    distribution) or `lossy` (measured). `requires` and `ensures` name properties of a module that must hold before and hold after.
+    distribution) or `lossy` (measured). `requires` and `ensures` name properties of a module that must hold before and hold after
+    (passes/properties.py).
     """
 
     name: ClassVar[str]
@@ -44,4 +48,4 @@ class Pass:
 
     def options(self) -> Mapping[str, object]:
         """The options and their values, for the manifest."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {option.name: getattr(self, option.name) for option in fields(self)}

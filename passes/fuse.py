@@ -60,7 +60,6 @@ class Fuse(Pass):
     """Group operations into kernels: epilogues, residual and norm, elementwise chains."""
 
     name: ClassVar[str] = "fuse"
-    ensures: ClassVar[frozenset[str]] = frozenset({"fused"})
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with `fused` regions."""

@@ -27,8 +27,8 @@ class Incremental(Pass):
 
     rows: int = 512
     name: ClassVar[str] = "incremental"
-    requires: ClassVar[frozenset[str]] = frozenset({"causal_lm"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"step"})
+    requires: ClassVar[frozenset[str]] = frozenset({"causal"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"has_step"})
 
     def run(self, module: Module, context: PassContext) -> Module:
         """Replace `forward` by `step`; PassError names the operation that mixes positions."""

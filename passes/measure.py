@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,24 +30,39 @@ class Loss:
     first_divergence: int | None = None
 
 
-def measure(before: Module, after: Module, weights: WeightStore, calibration: Sequence[Array]) -> Loss:
-    """Evaluate both modules' `forward` in float32, one document at a time; weights are streamed, one tensor in memory.
+class Meter:
+    """Compares changed modules with the module that a compile started from, on the same inputs.
 
-    calibration: integer arrays [tokens], at least one of two tokens or more for a language model. Other models are compared on
+    Both are evaluated in float32 by the interpreter, one document at a time; weights are streamed, one tensor in memory.
+    calibration: integer arrays [tokens], at least one of two tokens or more for a language model; other models are compared on
     seeded random inputs. PassError when there is nothing to measure on.
     """
-    if before.properties.get("kind") != "causal_lm":
-        return _measure_outputs(before["forward"], after["forward"], weights)
-    documents = [np.asarray(d) for d in calibration if len(d) > 1]
-    if not documents:
-        raise PassError("A lossy pass needs calibration text of at least two tokens to measure its cost. Give --calibration FILE.")
+
+    def __init__(self, before: Module, weights: WeightStore, calibration: Sequence[Array]) -> None:
+        self.before, self.weights = before["forward"], weights
+        self.language = before.properties.get("kind") == "causal_lm"
+        self.documents = [np.asarray(d) for d in calibration if len(d) > 1]
+        self._reference: list[Array] = []
+        if self.language and not self.documents:
+            raise PassError("A lossy pass needs calibration text of at least two tokens to measure its cost. Give --calibration FILE.")
+
+    def __call__(self, after: Module) -> Loss:
+        """What the changes so far cost."""
+        if not self.language:
+            return _compare_outputs(self.before, after["forward"], self.weights)
+        if not self._reference:
+            self._reference = [_logits(self.before, d, self.weights) for d in self.documents]
+        changed = (_logits(after["forward"], d, self.weights) for d in self.documents)
+        return _compare_logits(self.documents, self._reference, changed)
+
+
+def _compare_logits(documents: Sequence[Array], before: Sequence[Array], after: Iterable[Array]) -> Loss:
     divergences, agreement, likelihood = [], [], []
     difference = energy = 0.0
-    for document in documents:
-        logits = [_logits(m["forward"], document, weights) for m in (before, after)]
-        difference += float(np.sum((logits[1] - logits[0]) ** 2, dtype=np.float64))
-        energy += float(np.sum(logits[0] ** 2, dtype=np.float64))
-        for a, b, token in zip(logits[0], logits[1], [*document[1:], None], strict=True):
+    for document, reference, changed in zip(documents, before, after, strict=True):
+        for a, b, token in zip(reference, changed, [*document[1:], None], strict=True):
+            difference += float(np.sum((b - a) ** 2, dtype=np.float64))
+            energy += float(np.sum(a**2, dtype=np.float64))
             p, q = _log_softmax(a), _log_softmax(b)
             divergences.append(max(0.0, float(np.sum(np.exp(p) * (p - q)))))
             agreement.append(bool(np.argmax(a) == np.argmax(b)))
@@ -80,7 +95,7 @@ def _log_softmax(logits: Array) -> Array:
     return shifted
 
 
-def _measure_outputs(before: Function, after: Function, weights: WeightStore) -> Loss:
+def _compare_outputs(before: Function, after: Function, weights: WeightStore) -> Loss:
     inputs = random_inputs(before)
     results = [interpret(f, inputs, weights, float_type=np.float32) for f in (before, after)]
     pairs = [(results[0][n], results[1][n]) for n in before.result_names]

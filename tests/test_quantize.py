@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stemma.ir import Module, PassError, Tensor, TypeMismatch, WeightStore, parse_module, print_module, quantize_array, verify
 from stemma.passes.base import PassContext
-from stemma.passes.measure import measure
+from stemma.passes.measure import Meter
 from stemma.passes.quantize import Quantize, RoundActivations
 from tests.programs import tiny_lm
 
@@ -60,11 +60,12 @@ def test_quantized_model_is_measured(bits: int, activations: str | None) -> None
     assert parse_module(print_module(changed)) is changed
     assert {n.inputs[1].dtype for n in changed["forward"].nodes if n.op.name == "linear"} == {"int8" if bits == 8 else "int4_g32"}
     text = [np.random.default_rng(1).integers(0, 50, 24)]
-    loss = measure(module, changed, store(weights), text)
+    meter = Meter(module, store(weights), text)
+    loss = meter(changed)
     low, high = (1e-7, 0.02) if bits == 8 else (1e-4, 1.0)
     assert loss.kl is not None and low < loss.kl < high
     assert loss.tokens == 24 and loss.top1 is not None and 0 <= loss.top1 <= 1
-    same = measure(module, module, store(weights), text)
+    same = meter(module)
     assert (same.kl, same.top1, same.error, same.first_divergence) == (0.0, 1.0, 0.0, None)
     assert same.perplexity_before == same.perplexity_after
 
@@ -88,4 +89,4 @@ def test_clear_errors() -> None:
     with pytest.raises(PassError, match="bits=5"):
         Quantize(bits=5).run(module, PassContext())
     with pytest.raises(PassError, match="calibration"):
-        measure(module, module, store(weights), [np.array([3])])
+        Meter(module, store(weights), [np.array([3])])

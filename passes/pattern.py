@@ -252,7 +252,7 @@ class Matcher:
 
     def _op(self, pattern: OpPattern, node: Node, found: Binding) -> Iterator[Binding]:
         op = pattern.op
-        if node.op is not op:
+        if node.op.name != op.name:
             self._fail(found, node, f"{op.name} is expected instead of {node.op.name}")
             return
         found = Binding(found.values, (*found.nodes, node))

@@ -18,12 +18,22 @@ class WeightStore:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Tensor, Callable[[], Any]]] = {}
+        self._raw: dict[str, Callable[[], Any]] = {}
 
-    def add(self, name: str, type: Tensor, load: Callable[[], Any]) -> None:
-        """Register a weight; CheckpointError when the name is taken."""
+    def add(self, name: str, type: Tensor, load: Callable[[], Any], raw: Callable[[], Any] | None = None) -> None:
+        """Register a weight; CheckpointError when the name is taken.
+
+        `raw` gives the elements as they are stored (bf16 as uint16 bits), as a mapped array without a copy: packing reads rows of it.
+        """
         if name in self._entries:
             raise CheckpointError(f"Two weights are called {name!r}.")
         self._entries[name] = (type, load)
+        if raw is not None:
+            self._raw[name] = raw
+
+    def raw(self, name: str) -> Any:
+        """The stored elements (see `add`), or None when the weight has no raw form."""
+        return self._raw[name]() if name in self._raw else None
 
     def __call__(self, name: str) -> Any:
         if name not in self._entries:

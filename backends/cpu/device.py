@@ -1,0 +1,304 @@
+"""The device half of the CPU backend: loads a kernel library, chooses its variant, owns memory, makes native calls.
+
+Needs the standard library and numpy only. `_SIGNATURES` lists what every library exports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stemma.runtime.errors import DeviceError, InputError
+
+ABI = 1
+PAGE = 4096
+HUGE_PAGE = 2 << 20
+_ERROR_BYTES = 1024
+
+
+class Sampling(ctypes.Structure):
+    """StemmaSampling of the native interface: how one token is chosen; `sequence` and `position` count the noise."""
+
+    _fields_ = [
+        ("temperature", ctypes.c_float),
+        ("top_p", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("repetition_penalty", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("sequence", ctypes.c_uint64),
+        ("position", ctypes.c_uint64),
+    ]
+
+
+_VOID, _INT, _LONG, _CHARS = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "stemma_variants": (_CHARS, []),
+    "stemma_supported": (_INT, [_CHARS]),
+    "stemma_open": (_VOID, [_CHARS, _VOID, _INT, _VOID, _LONG]),
+    "stemma_close": (None, [_VOID]),
+    "stemma_arena_bytes": (_LONG, [_VOID, _INT, _VOID]),
+    "stemma_call": (_INT, [_VOID, _INT, _VOID, _VOID, _VOID]),
+    "stemma_sample": (_INT, [_VOID, _VOID, _LONG, _VOID, _VOID, _LONG]),
+}
+
+
+def allocate(nbytes: int) -> NDArray[np.uint8]:
+    """Zeroed, page-aligned memory, committed by the system when first touched; large blocks ask for huge pages."""
+    if nbytes < HUGE_PAGE:
+        memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)
+        return memory[:nbytes]
+    block = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            block.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel without huge pages: ordinary ones do the same work
+            pass
+    memory = np.frombuffer(block, np.uint8)
+    start = -memory.ctypes.data % HUGE_PAGE
+    return memory[start : start + nbytes]
+
+
+def copy_weights(weights: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy in memory that asks for huge pages, made by two threads (the zeroing of pages costs as much as the copy)."""
+    copy = allocate(weights.size)
+    middle = weights.size // 2
+    other = threading.Thread(target=np.copyto, args=(copy[:middle], weights[:middle]))
+    other.start()
+    np.copyto(copy[middle:], weights[middle:])
+    other.join()
+    return copy
+
+
+def available_threads() -> int:
+    """Processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Device:
+    """One opened kernel library with its weights: an instance of the model's native half.
+
+    `library` is the shared library's bytes, `weights` u8 memory that the kernels read in place, `variant` one of the library's
+    instruction-set variants (default: $STEMMA_VARIANT, else the best one this machine has), `threads` the size of the
+    team (default: $STEMMA_THREADS, else the processors available). DeviceError when the machine cannot run it.
+    """
+
+    def __init__(
+        self,
+        library: bytes,
+        weights: NDArray[np.uint8],
+        *,
+        variant: str | None = None,
+        threads: int | None = None,
+        source: str = "the library",
+    ) -> None:
+        self._handle: int | None = None
+        self._arena = np.zeros(0, np.uint8)
+        self._library, self.source = _load(library, source), source
+        self.variants: tuple[str, ...] = tuple(self._library.stemma_variants().decode().split(","))
+        self.supported = tuple(v for v in self.variants if self._library.stemma_supported(v.encode()))
+        self.variant = self._choose(variant or os.environ.get("STEMMA_VARIANT") or None)
+        self.threads = _threads(threads)
+        self._weights = weights
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        handle = self._library.stemma_open(
+            self.variant.encode(), weights.ctypes.data, self.threads, ctypes.addressof(error), _ERROR_BYTES
+        )
+        if not handle:
+            raise DeviceError(f"The kernels of {source} did not start: {error.value.decode(errors='replace')}")
+        self._handle = handle
+        self._reserve(PAGE)
+        self.lock = threading.Lock()
+
+    def _choose(self, wanted: str | None) -> str:
+        compiled = ", ".join(self.variants)
+        if wanted is None:
+            if not self.supported:
+                raise DeviceError(
+                    f"This machine has none of the instruction sets that {self.source} was compiled for ({compiled})."
+                    " Compile the model again with the variant 'portable' included."
+                )
+            return self.supported[0]
+        if wanted not in self.variants:
+            raise DeviceError(f"{self.source} has no kernel variant {wanted!r}. Choose one of {compiled}.")
+        if wanted not in self.supported:
+            raise DeviceError(
+                f"This machine lacks the instruction set of the kernel variant {wanted!r} of {self.source}."
+                f" Choose one of {', '.join(self.supported) or 'another artifact'}, or leave the choice to Stemma."
+            )
+        return wanted
+
+    @property
+    def handle(self) -> int:
+        """The native model; DeviceError after `close`."""
+        if self._handle is None:
+            raise DeviceError(f"The model of {self.source} was closed. Load it again to use it.")
+        return self._handle
+
+    def launch(self, index: int, sizes: int, buffers: int) -> Launch:
+        """A prepared call of the function `index`, which takes that many sizes and buffers."""
+        return Launch(self, index, sizes, buffers)
+
+    def sampler(self, vocab: int, **options: Any) -> Sampler:
+        """A prepared token choice over `vocab` logits; options are the fields of Sampling."""
+        return Sampler(self, vocab, Sampling(**options))
+
+    def _reserve(self, nbytes: int) -> None:
+        if nbytes > self._arena.size:
+            self._arena = allocate(nbytes)
+            self._arena_address: int = self._arena.ctypes.data
+
+    def close(self) -> None:
+        """Stop the threads and release scratch memory. Later calls raise DeviceError."""
+        with self.lock:
+            if self._handle is not None:
+                handle, self._handle = self._handle, None
+                self._library.stemma_close(handle)
+                self._arena = np.zeros(0, np.uint8)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None) is not None:
+            self.close()
+
+
+class Launch:
+    """One function with its arrays of sizes and addresses, made once so that a call costs a few microseconds."""
+
+    __slots__ = ("device", "index", "_sizes", "_buffers", "_pointers", "_keep", "_arena_bytes", "_call")
+
+    def __init__(self, device: Device, index: int, sizes: int, buffers: int) -> None:
+        self.device, self.index = device, index
+        self._sizes = (ctypes.c_int64 * sizes)()
+        self._buffers = (ctypes.c_void_p * buffers)()
+        self._pointers = (ctypes.addressof(self._sizes), ctypes.addressof(self._buffers))
+        self._keep: list[NDArray[Any] | None] = [None] * buffers
+        self._arena_bytes = 0
+        self._call = device._library.stemma_call
+
+    def resize(self, sizes: Sequence[int]) -> None:
+        """Set the values of the function's dimensions."""
+        self._sizes[:] = list(sizes)
+        with self.device.lock:
+            needed = self.device._library.stemma_arena_bytes(self.device.handle, self.index, self._pointers[0])
+        if needed < 0:
+            raise DeviceError(f"Function {self.index} of {self.device.source} refuses the sizes {list(sizes)}.")
+        self._arena_bytes = needed
+
+    def bind(self, position: int, memory: NDArray[Any], offset: int = 0) -> None:
+        """Pass `memory` (contiguous), from `offset` bytes on, as buffer number `position`; it is kept alive."""
+        self._keep[position] = memory
+        self._buffers[position] = memory.ctypes.data + offset
+
+    def __call__(self) -> None:
+        """Run the function. DeviceError when it reports a failure."""
+        device = self.device
+        with device.lock:
+            device._reserve(self._arena_bytes)
+            status = self._call(device.handle, self.index, *self._pointers, device._arena_address)
+        if status:
+            raise DeviceError(
+                f"Function {self.index} of {device.source} failed with status {status} for the sizes {list(self._sizes)}."
+            )
+
+
+class Sampler:
+    """Chooses one token from logits, by the counted noise of `options`."""
+
+    __slots__ = ("device", "vocab", "options", "_pointer", "_sample")
+
+    def __init__(self, device: Device, vocab: int, options: Sampling) -> None:
+        self.device, self.vocab, self.options = device, vocab, options
+        self._pointer = ctypes.addressof(options)
+        self._sample = device._library.stemma_sample
+
+    def __call__(self, logits: int, history: int, length: int) -> int:
+        """The token at position `length`, from f32[vocab] at address `logits` and i32[length] at `history`."""
+        self.options.position = length
+        device = self.device
+        with device.lock:
+            token: int = self._sample(device.handle, logits, self.vocab, self._pointer, history, length)
+        if token < 0:
+            raise DeviceError(f"No token could be chosen at position {length}: the logits are not finite numbers.")
+        return token
+
+
+def _threads(wanted: int | None) -> int:
+    if wanted is None:
+        text = os.environ.get("STEMMA_THREADS")
+        if text is None:
+            return available_threads()
+        if not text.isdigit():
+            raise InputError(f"$STEMMA_THREADS is {text!r}. Set it to a positive number, or unset it.")
+        wanted = int(text)
+    if not 1 <= wanted <= 1024:
+        raise InputError(f"threads={wanted} is not between 1 and 1024.")
+    return wanted
+
+
+def _load(library: bytes, source: str) -> ctypes.CDLL:
+    digest = hashlib.sha256(library).hexdigest()
+    with _loaded_lock:
+        if digest not in _loaded:
+            _loaded[digest] = _link(library, digest, source)
+        return _loaded[digest]
+
+
+_loaded: dict[str, ctypes.CDLL] = {}
+_loaded_lock = threading.Lock()
+
+
+def _link(library: bytes, digest: str, source: str) -> ctypes.CDLL:
+    """Load a shared library from memory; from a file in $STEMMA_CACHE when that is set (profilers want a file)."""
+    cache = os.environ.get("STEMMA_CACHE")
+    try:
+        if cache:
+            linked = ctypes.CDLL(str(_cached(library, digest, Path(cache))))
+        elif hasattr(os, "memfd_create"):
+            # The descriptor stays open: the loader would take a reused /proc/self/fd/N for the library it already has.
+            descriptor = os.memfd_create(f"stemma-{digest[:12]}", os.MFD_CLOEXEC)
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(library)
+            linked = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        else:
+            with tempfile.TemporaryDirectory(prefix="stemma-") as folder:
+                linked = ctypes.CDLL(str(_cached(library, digest, Path(folder))))
+    except OSError as error:
+        raise DeviceError(
+            f"The kernels of {source} cannot be loaded on this machine ({error}). Compile the model on a machine of"
+            " this kind; where memory may not be executed, set STEMMA_CACHE to a folder that allows it."
+        ) from None
+    abi = getattr(linked, "stemma_abi", None)
+    if abi is None or abi() != ABI:
+        found = "none" if abi is None else abi()
+        raise DeviceError(
+            f"The kernels of {source} have interface {found}; this version of Stemma calls interface {ABI}."
+            " Compile the model again with this version."
+        )
+    for name, (result, arguments) in _SIGNATURES.items():
+        try:
+            function = getattr(linked, name)
+        except AttributeError:
+            raise DeviceError(f"The kernels of {source} lack {name}. Compile the model again.") from None
+        function.restype, function.argtypes = result, arguments
+    return linked
+
+
+def _cached(library: bytes, digest: str, folder: Path) -> Path:
+    """The library as a file named by its hash, written at once or found with the same content."""
+    path = folder / f"{digest}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not path.exists() or path.read_bytes() != library:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(library)
+        os.replace(file.name, path)
+    return path

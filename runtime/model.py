@@ -1,0 +1,261 @@
+"""A loaded artifact: `forward`, `generate`, `generate_ids`, `stream`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stemma.backends.cpu.device import Device, copy_weights
+from stemma.runtime.artifact import Artifact
+from stemma.runtime.errors import ArtifactError, InputError, StemmaRuntimeError
+from stemma.runtime.function import CompiledFunction, convert, empty
+from stemma.runtime.generate import Request, decode
+from stemma.runtime.sampling import SamplingOptions, Statistics, check_integer, check_stop
+from stemma.runtime.session import Session, Step
+from stemma.runtime.tokenizer import TextStream, Tokenizer
+
+Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
+_BATCH = 32
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    target: str = "cpu",
+    variant: str | None = None,
+    threads: int | None = None,
+    huge_pages: bool = False,
+) -> Model:
+    """Open an artifact and start it on this machine.
+
+    `variant` names an instruction set (default: $STEMMA_VARIANT, else the best one the machine has), `threads` the size of the
+    team (default: $STEMMA_THREADS, else the processors available). Weights are used in place in the file's pages; `huge_pages`
+    copies them into huge pages first, which takes as long as reading them once and as much memory. StemmaRuntimeError (one
+    paragraph: what is wrong with which file, and the cure) when that is not possible.
+    """
+    with Artifact(path) as artifact:
+        targets = artifact.manifest.targets
+        if target != "cpu" or target not in targets:
+            raise ArtifactError(
+                f"{artifact.path} has kernels for {', '.join(sorted(targets)) or 'no target'}, and this runtime runs 'cpu';"
+                f" {target!r} was asked for. Compile the model again with `--target cpu`."
+            )
+        library = targets[target].get("library")
+        if not isinstance(library, str):
+            raise ArtifactError(f"{artifact.path} names no library of kernels for {target!r}. Compile the model again.")
+        kernels = artifact.read(library)
+        weights = copy_weights(artifact.weights) if huge_pages else artifact.weights
+        device = Device(kernels, weights, variant=variant, threads=threads, source=str(artifact.path))
+        return Model(artifact, device)
+
+
+class Model:
+    """A model ready to run, made by `load`. Safe to use from several threads: native calls take turns."""
+
+    def __init__(self, artifact: Artifact, device: Device) -> None:
+        self.path, self.manifest, self.device = artifact.path, artifact.manifest, device
+        self.last_statistics = Statistics()
+        self._tokenizer: Tokenizer | None = None
+        self._members = set(artifact.names())
+        if self.kind == "causal_lm":
+            self._step = Step(device, self.manifest)
+        else:
+            self._forward = CompiledFunction(device, self.manifest.functions["forward"])
+
+    def __repr__(self) -> str:
+        return f"<stemma.Model {self.manifest.name} ({self.kind}), {self.device.variant}, {self.device.threads} threads>"
+
+    @property
+    def kind(self) -> str:
+        """"causal_lm", or "model" for anything else."""
+        return self.manifest.kind
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read when first used. ArtifactError when the artifact has none."""
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._read, self._members.__contains__, str(self.path))
+        return self._tokenizer
+
+    def _read(self, name: str) -> bytes:
+        with Artifact(self.path) as artifact:
+            return artifact.read(name)
+
+    def check(self) -> Iterator[tuple[str, int]]:
+        """Hash every member of the file, weights included; yields (member, bytes) for each. ArtifactError when one differs."""
+        with Artifact(self.path) as artifact:
+            yield from artifact.check()
+
+    def forward(self, *inputs: ArrayLike, **named: ArrayLike) -> Any:
+        """The model's plain function.
+
+        A causal language model takes one integer array [batch, tokens] of ids and gives float32 logits [batch, tokens, vocab].
+        Other models take their inputs by name or position and give a dict of named outputs. InputError for wrong input.
+        """
+        if self.kind != "causal_lm":
+            return self._forward(*inputs, **named)
+        if len(inputs) + len(named) != 1 or set(named) - {"ids"}:
+            raise InputError(f"{self.manifest.name} takes one input, the token ids: an integer array [batch, tokens].")
+        array = np.asarray(convert(inputs[0] if inputs else named["ids"], "i64", "ids"))
+        if array.ndim != 2 or 0 in array.shape:
+            raise InputError(f"ids has the sizes {list(array.shape)}, but must be [batch, tokens] with at least one of each.")
+        self._check_ids(array)
+        if array.shape[1] > self._step.context:
+            raise InputError(f"{array.shape[1]} tokens exceed the context of {self.manifest.name}, {self._step.context}.")
+        ids = array.astype(np.int32)
+        batch, tokens = ids.shape
+        out = empty((batch, tokens, self._step.vocab), "f32")
+        together = min(max(1, self._step.rows // tokens), self._step.sequences)
+        for start in range(0, batch, together):
+            part = ids[start : start + together]
+            session = Session(self._step, [tokens] * len(part))
+            try:
+                session.forward(part, out[start : start + together].reshape(part.size, -1))
+            finally:
+                session.close()
+        return out
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """The text that follows a prompt, or the list of texts that follow each of a list of prompts.
+
+        A prompt is text, or token ids. Options, all by name:
+          max_new_tokens (128)     at most so many tokens follow; fewer where the context ends, with a warning
+          temperature (0)          0 takes the likeliest token; top_k (0), top_p (1), min_p (0), repetition_penalty (1): filters
+          seed (0)                 of the noise, which is counted by (seed, sequence, position): a prompt gets the same answer alone
+                                   and anywhere in any list
+          sequence (0)             a number, or one per prompt: other numbers give other samples with the same seed
+          stop (none)              text, or several: the answer ends before the first of them
+          ignore_eos (False)       go on after the end token
+          add_special_tokens (True)  let the tokenizer add its own tokens around a text prompt; False after `tokenizer.chat`
+          batch_size (32)          prompts run together; a matter of speed and memory only
+        InputError for wrong options, an empty prompt of a model without a first token, or a prompt that fills the context.
+        """
+        requests, single, run = self._start(prompt, True, **options)
+        for _ in run:
+            pass
+        texts = ["".join(request.pieces) for request in requests]
+        return texts[0] if single else texts
+
+    def generate_ids(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
+        """Like `generate`, but the new token ids (an end token included), as a list or a list of lists."""
+        requests, single, run = self._start(prompt, bool(options.get("stop")), **options)
+        for _ in run:
+            pass
+        ids = [request.new for request in requests]
+        return ids[0] if single else ids
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """Like `generate` for one prompt, as pieces of text as they come; together they are what `generate` returns.
+
+        Errors are raised here, not at the first piece. The iterator may be dropped at any time.
+        """
+        _, single, run = self._start(prompt, True, **options)
+        if not single:
+            raise InputError("stream takes one prompt. Use generate for a list of them.")
+        return (piece for _, piece in run if piece)
+
+    def session(self, capacities: Sequence[int]) -> Session:
+        """Cache state for sequences of up to these many positions, for programs that drive the step themselves."""
+        self._language_model()
+        return Session(self._step, capacities)
+
+    def _start(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        text: bool,
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] | None = None,
+        sequence: int | Sequence[int] = 0,
+        ignore_eos: bool = False,
+        add_special_tokens: bool = True,
+        batch_size: int = _BATCH,
+        **sampling: Any,
+    ) -> tuple[list[Request], bool, Iterator[tuple[Request, str]]]:
+        """Requests for the prompts, whether it was a single one, and the iterator that runs them."""
+        self._language_model()
+        if unknown := sorted(set(sampling) - set(SamplingOptions.__dataclass_fields__)):
+            raise InputError(f"There is no option {', '.join(unknown)}. See the options in help(stemma.Model.generate).")
+        options = SamplingOptions(**sampling)
+        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
+        batch = min(check_integer("batch_size", batch_size, 1, 2**31 - 1), self._step.sequences)
+        strings = check_stop(stop)
+        prompts, single = self._prompts(prompt, add_special_tokens)
+        numbers = [sequence] * len(prompts) if isinstance(sequence, int) else list(sequence)
+        if len(numbers) != len(prompts):
+            raise InputError(f"sequence has {len(numbers)} numbers for {len(prompts)} prompts. Give one for each, or one for all.")
+        requests = []
+        for ids, number in zip(prompts, numbers, strict=True):
+            room = self._step.context - len(ids)
+            requests.append(
+                Request(
+                    ids,
+                    min(max_new_tokens, room),
+                    clipped=max_new_tokens > room,
+                    sequence=check_integer("sequence", number, 0, 2**64 - 1),
+                    eos=() if ignore_eos else self.manifest.eos,
+                    text=TextStream(self.tokenizer, ids) if text else None,
+                    stop=strings,
+                )
+            )
+        self.last_statistics = Statistics()
+        return requests, single, decode(self._step, requests, options, self.last_statistics, batch)
+
+    def _prompts(self, prompt: Prompt | Sequence[Prompt], special: bool) -> tuple[list[list[int]], bool]:
+        if isinstance(prompt, str):
+            return [self._ids(prompt, special)], True
+        try:
+            items: list[Any] = list(prompt)
+        except TypeError:
+            raise InputError(f"A prompt is text or token ids, or a list of those, not {type(prompt).__name__}.") from None
+        if items and all(hasattr(item, "__index__") and not hasattr(item, "__len__") for item in items):
+            return [self._ids(items, special)], True
+        if isinstance(prompt, np.ndarray) and prompt.ndim == 1 and prompt.dtype.kind not in "iu" and prompt.size:
+            raise InputError(f"Token ids must be integers, not {prompt.dtype}.")
+        return [self._ids(item, special) for item in items], False
+
+    def _ids(self, prompt: Any, special: bool) -> list[int]:
+        """The checked token ids of one prompt."""
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, special)
+        else:
+            try:
+                ids = [check_integer("a token id", token, 0, 2**31 - 1) for token in prompt]
+            except TypeError:
+                raise InputError(f"A prompt is text or token ids, not {type(prompt).__name__}.") from None
+        if not ids:
+            if self.manifest.bos is None:
+                raise InputError(f"The prompt is empty, and {self.manifest.name} has no first token to begin with. Give a prompt.")
+            ids = [self.manifest.bos]
+        if len(ids) >= self._step.context:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens; the context of {self.manifest.name} is {self._step.context},"
+                " and at least one must stay free for the answer. Shorten the prompt."
+            )
+        self._check_ids(np.asarray(ids))
+        return ids
+
+    def _check_ids(self, ids: NDArray[Any]) -> None:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self._step.vocab:
+            wrong = low if low < 0 else high
+            raise InputError(f"The token id {wrong} is not in the vocabulary of {self.manifest.name}, 0 to {self._step.vocab - 1}.")
+
+    def _language_model(self) -> None:
+        if self.kind != "causal_lm":
+            raise StemmaRuntimeError(f"{self.manifest.name} is not a causal language model; it has `forward` only.")
+
+    def close(self) -> None:
+        """Stop the threads and release the memory. Later use raises DeviceError."""
+        self.device.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,7 +1,8 @@
 """Speed of the linear kernels alone: `python -m benchmarks.kernels [--k 2048] [--n 8192] [--threads 2] [--rows 1,8,512] [--only TEXT]`.
 
 Each measurement is bracketed by a read-bandwidth probe of the same threads; matrix-vector work cycles through enough copies
-of the weight to defeat the caches. Reported: microseconds, GB/s of packed weights and its share of the probe, Gop/s.
+of the weight to defeat the caches. Reported: microseconds, GB/s of packed weights and its share of the probe, Gop/s, and
+the Gop/s that the CPU time used would give on idle cores (the honest figure for large M while other work shares the machine).
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ def huge(size: int) -> Any:
     return raw[start : start + size]
 
 
-def best(run: Any, least: float = 0.25) -> float:
-    """Median seconds of repeated calls over at least `least` seconds."""
+def best(run: Any, least: float = 0.25) -> tuple[float, float]:
+    """(least wall seconds, least CPU seconds of all threads) of repeated calls: other work on the machine only ever adds."""
     run()
-    times: list[float] = []
-    while sum(times) < least or len(times) < 3:
-        begin = time.perf_counter()
+    walls: list[float] = []
+    cpus: list[float] = []
+    while sum(walls) < least or len(walls) < 3:
+        begin, used = time.perf_counter(), time.process_time()
         run()
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times))
+        walls.append(time.perf_counter() - begin)
+        cpus.append(time.process_time() - used)
+    return min(walls), min(cpus)
 
 
 def main() -> None:
@@ -77,7 +80,7 @@ def main() -> None:
     sink = np.zeros(16 * 64, np.float32)
 
     def bandwidth() -> float:
-        return stream.size / best(lambda: library.call("probe", a.threads, stream.size, stream, sink), 0.1) / 1e9
+        return stream.size / best(lambda: library.call("probe", a.threads, stream.size, stream, sink), 0.1)[0] / 1e9
 
     print(f"{a.variant}, {a.threads} threads, K={a.k}, N={a.n}")
     for weight, activation in pairs:
@@ -100,12 +103,12 @@ def main() -> None:
                 function(pool, ctypes.c_int64(rows), ctypes.c_int64(a.n), ctypes.c_int64(a.k), xp, where, yp)
 
             before = bandwidth()
-            seconds = best(step)
+            seconds, cpu = best(step)
             wall = (before + bandwidth()) / 2
             rate = size / seconds / 1e9
             print(
                 f"{weight:>9} x {activation:<7} M={rows:<4} {seconds * 1e6:10.1f} us {rate:6.1f} GB/s = {rate / wall:4.0%} of {wall:4.1f}"
-                f"  {2 * rows * a.n * a.k / seconds / 1e9:7.1f} Gop/s",
+                f"  {2 * rows * a.n * a.k / seconds / 1e9:7.1f} Gop/s, by CPU time {2 * rows * a.n * a.k / cpu * a.threads / 1e9:7.1f}",
                 flush=True,
             )
 

@@ -64,6 +64,7 @@ def run_pipeline(
     dump: Path | None = None,
     start_after: str | None = None,
     verify_each: Inputs | bool = False,
+    measure: Callable[[Pass, Module], Mapping[str, float]] | None = None,
     progress: Callable[[Pass, int, int], None] | None = None,
 ) -> PipelineResult:
     """Run `passes` in order.
@@ -73,6 +74,7 @@ def run_pipeline(
         skipped, and when a file is named, the module is read from it.
     verify_each: argument sets by function name, or True to make them up: results before and after every pass are compared with
         the interpreter in float64. A pass labelled identical that changes one by more than 1e-9 is an error; others only record it.
+    measure: called with every lossy pass and the module it made; returns the loss to record, or raises when it is too large.
     progress: called with the pass, its number and the count before each pass.
 
     Raises PassError naming the pass that failed, broke a promise or left a module that does not verify.
@@ -90,7 +92,6 @@ def run_pipeline(
             progress(step, number, len(passes))
         _promised(step, "requires", step.requires, module)
         context.fired.clear()
-        measured = dict(context.measured)
         started = time.perf_counter()
         try:
             new = step.run(module, context)
@@ -102,9 +103,7 @@ def run_pipeline(
         _verified(new, f"what the pass {step.name!r} made")
         _promised(step, "ensures", step.ensures, new)
         change = None if verify_each is False or new is module else _compare(step, module, new, verify_each, context)
-        loss = None
-        if step.label == "lossy":
-            loss = {k: v for k, v in context.measured.items() if measured.get(k) != v}
+        loss = measure(step, new) if measure is not None and step.label == "lossy" and new is not module else None
         nodes = sum(len(f.nodes) for f in new)
         records.append(
             PassRecord(step.name, step.options(), step.label, seconds, new is not module, nodes, dict(context.fired), loss, change)

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 
 from stemma.frontend.aten import (
-    Call, Number, Unsupported, Value, axes, axis, broadcast, constant, lower, mean_scale, node, part, reshape, to, transpose,
+    Call,
+    Number,
+    Unsupported,
+    axes,
+    axis,
+    constant,
+    lower,
+    mean_scale,
+    part,
+    reshape,
+    to,
+    transpose,
 )  # fmt: skip
 from stemma.frontend.aten_elementwise import absolute
 from stemma.ir import Node, SizeLike, ops, size
-from stemma.ir.types import dtype
 
 Dims = int | Sequence[int] | None
 

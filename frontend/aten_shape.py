@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from stemma.frontend.aten import (
-    Call, Number, Unsupported, Value, axes, axis, broadcast, clamp_bound, constant, filled, lower, node, part, reshape, to,
-    torch_dtype, transpose,
+    Call,
+    Number,
+    Unsupported,
+    Value,
+    axes,
+    axis,
+    broadcast,
+    clamp_bound,
+    constant,
+    filled,
+    lower,
+    node,
+    part,
+    reshape,
+    to,
+    transpose,
 )  # fmt: skip
 from stemma.ir import Node, SizeLike, ops, size
 from stemma.ir.types import dtype

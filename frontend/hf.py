@@ -1,0 +1,352 @@
+"""From a Hugging Face checkpoint folder to a module of the IR, without loading a weight.
+
+The model class is built with parameters that have a shape but no memory, its plain forward (no cache) is exported, and each
+parameter is mapped by name to a tensor of the safetensors files, which is read when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stemma.frontend.safetensors import Entry, read_folder
+from stemma.frontend.torch_export import Stored, trace
+from stemma.ir import CheckpointError, Module, Size, UnsupportedError, WeightStore, dim, dtype, size
+
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+    "preprocessor_config.json",
+)  # fmt: skip
+# Tensors that old checkpoints carry although the classes compute them.
+_IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)$")
+_EXAMPLE = {"batch": 3, "tokens": 7}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder says about its model; the tensors are described, not read."""
+
+    folder: Path
+    config: Any  # transformers' PretrainedConfig
+    architecture: str  # the class name, "LlamaForCausalLM"
+    kind: str  # "causal_lm" or "model"
+    tensors: Mapping[str, Entry]  # by the name in the file
+    files: tuple[Path, ...]  # tokenizer, generation and template files that belong into an artifact
+    eos: tuple[int, ...]
+    bos: int | None
+    notes: tuple[str, ...]  # what is missing but not needed for compiling
+
+    @property
+    def context(self) -> int | None:
+        """The largest number of positions, None when the model has no limit of its own."""
+        value = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return int(value) if value else None
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(e.bytes for e in self.tensors.values())
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read the configuration and the headers of the weights; CheckpointError when the folder is incomplete or damaged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {problem}. Give the folder that holds config.json and the safetensors files.")
+    raw = _read_json(folder / "config.json", required=True)
+    if "quantization_config" in raw:
+        method = dict(raw["quantization_config"] or {}).get("quant_method", "an unknown method")
+        raise CheckpointError(
+            f"{folder} is quantized already ({method}), which is not supported now. Use the original checkpoint in bfloat16 "
+            "or float32; Stemma quantizes it with a pass."
+        )
+    config, architecture = _config(folder, raw)
+    tensors = read_folder(folder)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    generation = _read_json(folder / "generation_config.json", required=False)
+    text = config.get_text_config()
+    eos = generation.get("eos_token_id", getattr(text, "eos_token_id", None)) if causal else None
+    bos = generation.get("bos_token_id", getattr(text, "bos_token_id", None)) if causal else None
+    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(i) for i in eos)
+    notes = []
+    if causal and not (folder / "tokenizer.json").exists():
+        notes.append("The folder has no tokenizer.json: the artifact will take and give token ids, not text.")
+    if causal and not eos_ids:
+        notes.append("The folder names no end token: generation stops only at its length limit.")
+    files = tuple(folder / f for f in _FILES if (folder / f).exists())
+    kind = "causal_lm" if causal else "model"
+    return Checkpoint(
+        folder, config, architecture, kind, tensors, files, eos_ids, bos if isinstance(bos, int) else None, tuple(notes)
+    )  # fmt: skip
+
+
+def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
+    if not path.exists():
+        if required:
+            raise CheckpointError(f"{path.parent} has no {path.name}. Give the folder of a Hugging Face checkpoint.")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Copy or download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object. Copy or download it again.")
+    return value
+
+
+def _config(folder: Path, raw: Mapping[str, Any]) -> tuple[Any, str]:
+    import transformers
+
+    architectures = raw.get("architectures") or []
+    if not architectures:
+        raise CheckpointError(f"{folder / 'config.json'} has no 'architectures' entry, which names the model class. Add it.")
+    architecture = str(architectures[0])
+    known = getattr(transformers, architecture, None)
+    if known is None or not hasattr(known, "config_class"):
+        raise CheckpointError(
+            f"{folder / 'config.json'} names the architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} does not have. Install a newer transformers, or check the name; code that a "
+            "checkpoint brings along is never run."
+        )
+    try:
+        with _quiet():
+            return transformers.AutoConfig.from_pretrained(str(folder)), architecture
+    except Exception as error:  # transformers validates with many kinds of errors
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that transformers knows: {reason}") from None
+
+
+def trace_checkpoint(
+    folder: str | Path | Checkpoint, *, inputs: Sequence[str] | None = None, context: int | None = None
+) -> tuple[Module, WeightStore]:
+    """The plain forward of a checkpoint as a function of the IR, and its weights, mapped lazily.
+
+    inputs: arguments of forward to take as parameters; the default is the main one, "input_ids" or "pixel_values". Others such
+        as "attention_mask" must be integers [batch, tokens].
+    context: an upper limit for `tokens`, below the model's own.
+    Token inputs are i64 [batch, tokens], pixels f32 [batch, channels, height, width]. Properties of the module: kind, name,
+    architecture, vocab, context, eos, bos, inputs, results. Raises CheckpointError or UnsupportedError.
+    """
+    checkpoint = folder if isinstance(folder, Checkpoint) else load_checkpoint(folder)
+    with _quiet():
+        model = _hollow_model(checkpoint)
+        stored = _map_weights(model, checkpoint)
+        example, dims = _example(model, checkpoint, tuple(inputs or (model.main_input_name,)), context)
+        with _one_sequence_per_row("position_ids" in example):
+            module, store = trace(model, (), example, dims=dims, stored=stored)
+    forward = module["forward"]
+    properties = {
+        "kind": checkpoint.kind, "name": checkpoint.folder.resolve().name, "architecture": checkpoint.architecture,
+        "vocab": getattr(checkpoint.config.get_text_config(), "vocab_size", None),
+        "context": min(filter(None, (context, checkpoint.context)), default=None), "eos": checkpoint.eos,
+        "bos": checkpoint.bos, "inputs": tuple(p.attrs["name"] for p in forward.params), "results": forward.result_names,
+    }  # fmt: skip
+    return Module([forward], properties), store
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings and log lines of transformers, which concern training."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _one_sequence_per_row(positions_given: bool) -> Iterator[None]:
+    """Answer transformers' test for several sequences packed in one row, which a trace cannot make, as a plain call does: none.
+
+    With position ids as an input the test stays in the graph.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    original = getattr(masking_utils, name, None)
+    if positions_given or original is None:
+        yield
+        return
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, original)
+
+
+def _hollow_model(checkpoint: Checkpoint) -> Any:
+    """The model with real buffers, and parameters that have shapes and strides but no memory."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    register = torch.nn.Module.register_parameter
+
+    def register_empty(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        register(self, name, param if param is None else torch.nn.Parameter(param.to("meta"), requires_grad=False))
+
+    cls = getattr(transformers, checkpoint.architecture)
+    attention = "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
+    torch.nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        with no_init_weights():
+            model = cls._from_config(checkpoint.config, attn_implementation=attention, dtype=torch.float32)
+    except Exception as error:  # whatever the constructor of the class raises
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'} describes no valid {checkpoint.architecture}: {reason}"
+        ) from error
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    model.tie_weights()
+    hollow: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                module._parameters[name] = hollow.setdefault(id(param), param)
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None and param.device.type == "meta":
+                module._parameters[name] = _hollow(hollow, param)
+    model.config.use_cache = False
+    if hasattr(model, "set_experts_implementation"):
+        with contextlib.suppress(ValueError):
+            model.set_experts_implementation("batched_mm")
+    return model.eval()
+
+
+def _hollow(made: dict[int, torch.nn.Parameter], param: torch.nn.Parameter) -> torch.nn.Parameter:
+    """A CPU parameter like `param` whose memory is given back: torch.export reads shapes, never values."""
+    if made[id(param)] is param:
+        kind = torch.float32 if param.is_floating_point() else param.dtype
+        empty = torch.nn.Parameter(torch.empty(param.shape, dtype=kind), requires_grad=False)
+        empty.untyped_storage().resize_(0)
+        made[id(param)] = empty
+    return made[id(param)]
+
+
+def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
+    """The stored tensor of every parameter and persistent buffer, by its (first) name in the model."""
+    expected = model.state_dict(keep_vars=True)
+    by_name, unknown = _renamed(model, checkpoint, expected)
+    ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
+    extra = [n for n in unknown if not _IGNORED.search(n) and not any(p.search(n) for p in ignored)]
+    groups: dict[int, list[str]] = {}
+    for name, tensor in expected.items():
+        groups.setdefault(id(tensor), []).append(name)
+    stored: dict[str, Stored] = {}
+    missing = []
+    for names in groups.values():
+        entry = next((by_name[n] for n in names if n in by_name), None)
+        tensor = expected[names[0]]
+        if entry is None:
+            if isinstance(tensor, torch.nn.Parameter) or (tensor.is_floating_point() and not _optional(model, names[0])):
+                missing.append(names[0])
+        elif tensor.is_floating_point():
+            _check(entry, names[0], tensor, checkpoint)
+            stored[names[0]] = (entry.type, entry.load)
+    if missing or extra:
+        parts = [f"{len(n)} tensors {what} ({', '.join(sorted(n)[:4])}{', ...' if len(n) > 4 else ''})"
+                 for n, what in ((missing, "are missing from the files"), (extra, "of the files have no place")) if n]  # fmt: skip
+        raise CheckpointError(
+            f"The weights in {checkpoint.folder} do not fit its config.json, a {checkpoint.architecture}: "
+            f"{' and '.join(parts)}. They are from different models, or a file is missing."
+        )
+    return stored
+
+
+def _optional(model: Any, name: str) -> bool:
+    return any(re.search(p, name) for p in model._keys_to_ignore_on_load_missing or ())
+
+
+def _renamed(
+    model: Any, checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Entry], list[str]]:
+    """Stored tensors by their name in the model, after the renamings that transformers itself does; and those without one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_name: dict[str, Entry] = {}
+    unknown = []
+    for key, entry in checkpoint.tensors.items():
+        plain, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
+        name = key if key in expected else plain
+        if name in expected:
+            by_name[name] = entry
+            continue
+        _, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, expected)
+        if converted is not None:
+            raise UnsupportedError(
+                f"The weight {key!r} in {checkpoint.folder} must be rearranged for {checkpoint.architecture} (transformers "
+                "merges or splits such tensors on loading), which is not supported now. Load the checkpoint with transformers "
+                "and save it with save_pretrained(folder, save_original_format=False)."
+            )
+        unknown.append(key)
+    return by_name, unknown
+
+
+def _check(entry: Entry, name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless a stored tensor has the shape and a float type that the model expects."""
+    try:
+        kind = dtype(entry.dtype).kind
+    except Exception:  # a type of safetensors that the IR does not have, such as F8_E4M3
+        kind = "foreign"
+    if kind != "float":
+        raise CheckpointError(
+            f"The weight {entry.name!r} in {entry.path} is stored as {entry.dtype}, but {name!r} is a float parameter: this is a "
+            "quantized checkpoint, which is not supported now. Use the original one in bfloat16 or float32."
+        )
+    if entry.shape != tuple(tensor.shape):
+        raise CheckpointError(
+            f"The weight {entry.name!r} in {entry.path} has the shape {entry.shape}, but {checkpoint.folder / 'config.json'} "
+            f"describes {tuple(tensor.shape)}: the configuration and the weights are from different models."
+        )
+
+
+def _example(
+    model: Any, checkpoint: Checkpoint, inputs: tuple[str, ...], context: int | None
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, Size]]]:
+    """Example arguments of forward, and their symbolic axes."""
+    limit = min(filter(None, (context, checkpoint.context)), default=size.UNBOUNDED)
+    batch, tokens = dim("batch"), dim("tokens", 1, limit)
+    example: dict[str, torch.Tensor] = {}
+    dims: dict[str, dict[int, Size]] = {}
+    for name in inputs:
+        if name == "pixel_values":
+            example[name], dims[name] = torch.zeros(_EXAMPLE["batch"], *_pixels(checkpoint)), {0: batch}
+        elif name == "input_ids" or name.endswith(("_mask", "_ids")):
+            length = min(_EXAMPLE["tokens"], limit)
+            example[name] = torch.zeros(_EXAMPLE["batch"], length, dtype=torch.int64)
+            dims[name] = {0: batch, 1: tokens}
+        else:
+            raise UnsupportedError(
+                f"{checkpoint.architecture} takes {name!r}, for which there are no known example sizes: trace the module with "
+                "stemma.frontend.torch_export.trace and give examples."
+            )
+    return example, dims
+
+
+def _pixels(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a vision model takes."""
+    vision = getattr(checkpoint.config, "vision_config", checkpoint.config)
+    extent = getattr(vision, "image_size", 224)
+    height, width = extent if isinstance(extent, (list, tuple)) else (extent, extent)
+    return int(getattr(vision, "num_channels", 3)), int(height), int(width)

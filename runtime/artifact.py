@@ -73,7 +73,7 @@ class Artifact:
             if name == self.manifest.weights_member:
                 digest = hashlib.sha256()
                 for start in range(0, self.weights.size, HASH_CHUNK):
-                    digest.update(memoryview(self.weights[start : start + HASH_CHUNK]))
+                    digest.update(self.weights[start : start + HASH_CHUNK].data)
                 if digest.hexdigest() != self.manifest.weights_sha256:
                     raise self._corrupt(f"its weights ({name!r}) do not have the recorded hash")
                 yield name, self.weights.size

@@ -17,13 +17,11 @@ class PassContext:
     """What a pass may use besides the module.
 
     weights: the named weights; a pass may add new ones. calibration: integer arrays [tokens], one per calibration document.
-    measured: names and values that earlier passes or the machine probe recorded (bytes per second, ...).
     fired: how often each rule fired; the manager reads and clears it around every pass.
     """
 
     weights: WeightStore = field(default_factory=WeightStore)
     calibration: tuple[Array, ...] = ()
-    measured: dict[str, float] = field(default_factory=dict)
     fired: Counter[str] = field(default_factory=Counter)
 
 
@@ -31,8 +29,8 @@ class PassContext:
 class Pass:
     """Base of all passes.
 
-    Subclasses are frozen dataclasses: their fields are the options of `--pass "name{option=value}"`. `label` is `identical` (same
-    results up to the rounding of reordered arithmetic in the reference semantics: none), `distribution` (sampling follows the same
+    Subclasses are frozen dataclasses: their fields are the options of `--pass "name{option=value}"`. `label` is `identical` (the
+    reference semantics, exact arithmetic, give the same results), `distribution` (sampling follows the same
     distribution) or `lossy` (measured). `requires` and `ensures` name properties of a module that must hold before and hold after
     (passes/properties.py).
     """

@@ -40,7 +40,6 @@ class Shift(Pass):
     amount: float = 1.0
 
     def run(self, module: Module, context: PassContext) -> Module:
-        context.measured["shift"] = self.amount
         return module.map(lambda f: f.with_results((n, r + self.amount) for n, r in zip(f.result_names, f.results, strict=True)))
 
 
@@ -56,7 +55,9 @@ START = module(y=ops.tanh(X * 1.0))
 
 
 def test_records_say_what_happened() -> None:
-    outcome = run_pipeline(START, (Clean(), Clean(), LossyShift(0.5)), verify_each=True)
+    outcome = run_pipeline(
+        START, (Clean(), Clean(), LossyShift(0.5)), verify_each=True, measure=lambda step, changed: {"shift": step.options()["amount"]}
+    )
     assert outcome.module is module(y=ops.tanh(X) + 0.5)
     first, second, third = outcome.records
     assert (first.name, first.modified, first.fired, first.nodes) == ("clean", True, {"mul_one": 1}, 2)

@@ -9,6 +9,7 @@ from stemma.ir.ops.elementwise import (
     abs, add, ceil, cos, div, eq, erf, exp, floor, floordiv, ge, gt, le, log, logical_and, logical_not, logical_or, lt,
     maximum, minimum, mod, mul, ne, neg, pow, reciprocal, round, rsqrt, sigmoid, sign, sin, sqrt, sub, tanh, where,
 )  # fmt: skip
+from stemma.ir.ops.kernel import load, loop_index, reduce_loop, store
 from stemma.ir.ops.linear import conv, dequantize, embedding, linear, matmul, quantize
 from stemma.ir.ops.reduce import argmax, cumsum, reduce_max, reduce_min, reduce_sum
 from stemma.ir.ops.shape import (
@@ -16,11 +17,12 @@ from stemma.ir.ops.shape import (
 )  # fmt: skip
 
 __all__ = [
-    "OPS", "abs", "add", "argmax", "attention", "broadcast_to", "cached_attention", "cast", "ceil", "concat", "cond",
-    "constant", "conv", "cos", "cumsum", "dequantize", "div", "embedding", "eq", "erf", "exp", "floor", "floordiv",
-    "fused", "gated", "ge", "gelu", "get", "gt", "iota", "layer_norm", "le", "linear", "log", "logical_and",
-    "logical_not", "logical_or", "loop", "lt", "matmul", "maximum", "minimum", "mod", "mul", "ne", "neg", "pad", "param",
-    "pow", "quantize", "reciprocal", "reduce_max", "reduce_min", "reduce_sum", "reshape", "rms_norm", "rope", "round",
-    "rsqrt", "scatter", "sigmoid", "sign", "silu", "sin", "size_value", "slice", "softmax", "sqrt", "sub", "take",
-    "take_along", "tanh", "transpose", "weight", "where",
+    "OPS", "abs", "add", "argmax", "attention", "broadcast_to", "cached_attention", "cast", "ceil", "concat",
+    "cond", "constant", "conv", "cos", "cumsum", "dequantize", "div", "embedding", "eq", "erf", "exp", "floor",
+    "floordiv", "fused", "gated", "ge", "gelu", "get", "gt", "iota", "layer_norm", "le", "linear", "load", "log",
+    "logical_and", "logical_not", "logical_or", "loop", "loop_index", "lt", "matmul", "maximum", "minimum", "mod",
+    "mul", "ne", "neg", "pad", "param", "pow", "quantize", "reciprocal", "reduce_loop", "reduce_max", "reduce_min",
+    "reduce_sum", "reshape", "rms_norm", "rope", "round", "rsqrt", "scatter", "sigmoid", "sign", "silu", "sin",
+    "size_value", "slice", "softmax", "sqrt", "store", "sub", "take", "take_along", "tanh", "transpose", "weight",
+    "where",
 ]  # fmt: skip

@@ -55,10 +55,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 def allocate(nbytes: int) -> NDArray[np.uint8]:
     """Zeroed, page-aligned memory, committed by the system when first touched; large blocks ask for huge pages."""
+    # Private, as Python's default (shared) memory belongs to a file system that gives no huge pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if nbytes < HUGE_PAGE:
-        memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)
+        memory = np.frombuffer(mmap.mmap(-1, max(nbytes, 1), flags), np.uint8)
         return memory[:nbytes]
-    block = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    block = mmap.mmap(-1, nbytes + HUGE_PAGE, flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             block.madvise(mmap.MADV_HUGEPAGE)

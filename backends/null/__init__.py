@@ -1,0 +1,1 @@
+"""The null backend: renders every kernel, runs nothing, needs no tools."""

@@ -1,0 +1,1 @@
+"""The reference backend: every operation by its own definition, in numpy."""

@@ -173,11 +173,12 @@ class Op:
             size._sum([b for t in (*types, node.type) for b in type_bytes(t)]),
         )
 
-    def __call__(self, *inputs: Any, **attrs: Any) -> Any:
+    def __call__(self, *inputs: Any, **attrs: Any) -> Node:
         """Build the node; TypeMismatch when the type rule rejects it. Python numbers become constants of the other dtype."""
         for value in inputs:
             if hasattr(value, "trace_op"):  # a pattern variable or another tracer takes over
-                return value.trace_op(self, inputs, attrs)
+                traced: Node = value.trace_op(self, inputs, attrs)
+                return traced
         while inputs and inputs[-1] is None:
             inputs = inputs[:-1]
         unknown = attrs.keys() - self.defaults.keys()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from stemma.ir import Node, Size, SizeLike, Tensor, dtype, ops, size
 Number = int | float | bool
 Value = Node | Number | Size  # what ATen calls a Tensor or a Scalar argument
 Lowering = Callable[..., Any]
+L = TypeVar("L", bound=Lowering)
 LOWERINGS: dict[str, Lowering] = {}
 
 TORCH_DTYPES = {
@@ -51,10 +52,10 @@ class Call:
         return self.out.dtype
 
 
-def lower(*names: str) -> Callable[[Lowering], Lowering]:
+def lower(*names: str) -> Callable[[L], L]:
     """Register a lowering for operators such as "aten.add.Tensor"."""
 
-    def register(function: Lowering) -> Lowering:
+    def register(function: L) -> L:
         for name in names:
             if name in LOWERINGS:
                 raise ValueError(f"{name} has two lowerings")

@@ -214,15 +214,13 @@ def _hollow_model(checkpoint: Checkpoint) -> Any:
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
     model.tie_weights()
-    hollow: dict[int, torch.nn.Parameter] = {}
+    hollow: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # by the one they replace, so that tied ones stay tied
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None:
-                module._parameters[name] = hollow.setdefault(id(param), param)
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is not None and param.device.type == "meta":
-                module._parameters[name] = _hollow(hollow, param)
+                if param not in hollow:
+                    hollow[param] = _hollow(param)
+                module._parameters[name] = hollow[param]
     model.config.use_cache = False
     if hasattr(model, "set_experts_implementation"):
         with contextlib.suppress(ValueError):
@@ -230,19 +228,17 @@ def _hollow_model(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _hollow(made: dict[int, torch.nn.Parameter], param: torch.nn.Parameter) -> torch.nn.Parameter:
+def _hollow(param: torch.nn.Parameter) -> torch.nn.Parameter:
     """A CPU parameter like `param` whose memory is given back: torch.export reads shapes, never values."""
-    if made[id(param)] is param:
-        kind = torch.float32 if param.is_floating_point() else param.dtype
-        empty = torch.nn.Parameter(torch.empty(param.shape, dtype=kind), requires_grad=False)
-        empty.untyped_storage().resize_(0)
-        made[id(param)] = empty
-    return made[id(param)]
+    kind = torch.float32 if param.is_floating_point() else param.dtype
+    empty = torch.nn.Parameter(torch.empty(param.shape, dtype=kind), requires_grad=False)
+    empty.untyped_storage().resize_(0)
+    return empty
 
 
 def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
     """The stored tensor of every parameter and persistent buffer, by its (first) name in the model."""
-    expected = model.state_dict(keep_vars=True)
+    expected: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
     by_name, unknown = _renamed(model, checkpoint, expected)
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
     extra = [n for n in unknown if not _IGNORED.search(n) and not any(p.search(n) for p in ignored)]
@@ -275,7 +271,7 @@ def _optional(model: Any, name: str) -> bool:
 
 
 def _renamed(
-    model: Any, checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]
+    model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tensor]
 ) -> tuple[dict[str, Entry], list[str]]:
     """Stored tensors by their name in the model, after the renamings that transformers itself does; and those without one."""
     from transformers.conversion_mapping import get_model_conversion_mapping

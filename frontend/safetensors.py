@@ -53,7 +53,7 @@ class Entry:
         return values.reshape(self.shape)
 
     def _read(self, descriptor: int, target: Array, offset: int) -> None:
-        view = memoryview(target).cast("B")
+        view = memoryview(target.data).cast("B")
         while view:
             count = os.preadv(descriptor, [view], offset)
             if count == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.export import ExportedProgram
 from torch.utils._sympy.functions import CleanDiv, FloorDiv, IntTrueDiv, Max, Min, Mod, PythonMod, ToFloat
@@ -35,14 +35,11 @@ class Sizes:
         """A symbolic float, such as a mean's divisor, as a scalar node."""
         expression = sympy.sympify(value.node.expr)
         if isinstance(expression, ToFloat):
-            return to(ops.size_value(size=self._as_size(expression.args[0])), dtype)
+            return to(ops.size_value(size=self._convert(expression.args[0])), dtype)
         if isinstance(expression, IntTrueDiv):
-            a, b = (to(ops.size_value(size=self._as_size(x)), dtype) for x in expression.args)
+            a, b = (to(ops.size_value(size=self._convert(x)), dtype) for x in expression.args)
             return ops.div(a, b)
         raise Unsupported(f"the number {expression}, computed from sizes")
-
-    def _as_size(self, expression: Any) -> SizeLike:
-        return self._convert(expression)
 
     def _symbol(self, name: str) -> SizeLike:
         if name not in self._symbols:

@@ -10,6 +10,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def trace(
     result = Module([function], properties)
     used = WeightStore()
     for weight in result.weights():
-        used.add(weight, store.type(weight), lambda weight=weight: store(weight))
+        used.add(weight, store.type(weight), partial(store, weight))
     return result, used
 
 
@@ -115,13 +116,14 @@ def _needs_decomposition(graph: torch.fx.Graph) -> bool:
 
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     """The program in functional core operators, except those that have a lowering."""
-    table = torch.export.default_decompositions()
+    table: Any = torch.export.default_decompositions()
     for operator in list(table):
         if str(operator) in LOWERINGS:
             table.pop(operator)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return program.run_decompositions(table)
+        functional: ExportedProgram = program.run_decompositions(table)
+    return functional
 
 
 def _inputs(
@@ -145,9 +147,7 @@ def _inputs(
             inputs.append(params[-1])
             continue
         target = str(spec.target)
-        tensor = originals.get(target)
-        if tensor is None:
-            tensor = program.constants[target]
+        tensor: torch.Tensor = originals[target] if target in originals else program.constants[target]
         name = first.get(id(tensor), target)
         if name in stored:
             stored_type, load = stored[name]

@@ -35,7 +35,7 @@ _CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", "MistralForCausalLM", dict(sliding_window=8)),
     "gemma2": (
         "Gemma2Config", "Gemma2ForCausalLM",
-        dict(tie_word_embeddings=True, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=1.0,
+        dict(tie_word_embeddings=True, sliding_window=8, query_pre_attn_scalar=16, attn_logit_softcapping=0.5,
              final_logit_softcapping=1.5),
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", dict(head_dim=None)),
@@ -101,7 +101,7 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     vocabulary |= {"<|end|>": END, "<|start|>": START}
     pairs = "d e,de f,Ġ Ġ,ĠĠ ĠĠ,i n,r e,s e,se l,l f,o n,t h,e r,a t,o r,e n,i s,a n,e s"
-    merges = [tuple(pair.split()) for pair in pairs.split(",")]
+    merges = [(left, right) for left, right in (pair.split() for pair in pairs.split(","))]
     for left, right in merges:
         vocabulary[left + right] = len(vocabulary)  # all letters and both ends are in, so ids run on
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))

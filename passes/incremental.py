@@ -183,7 +183,8 @@ class _Selection:
         axis = next((a for a, s in enumerate(node.shape) if s is self.rows), None)
         if axis is None:
             return node
-        if node in self.needed or not node.inputs:
+        rounding = node.op.name in ("quantize", "cast")  # cheaper to redo on fewer rows than to move packed values
+        if (node in self.needed and not rounding) or not node.inputs:
             return ops.take(node, self.selected, axis=axis)
         attrs = {k: self.substituted(v) for k, v in node.attrs.items()}
         return node.op(*(self.memo[i] for i in node.inputs), **attrs)

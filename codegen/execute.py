@@ -13,6 +13,7 @@ from stemma.backends import registry
 from stemma.backends.base import Executable
 from stemma.codegen import pack
 from stemma.codegen.build import Program, program
+from stemma.codegen.schedule import Schedule
 from stemma.ir import Array, CompileError, Module, WeightStore, size
 from stemma.ir.interpret import bind_sizes
 from stemma.ir.types import numpy_dtype, round_bf16, widen_bf16
@@ -51,41 +52,36 @@ class Native:
 
     def call(self, function: str, inputs: Mapping[str, Array], sizes: Mapping[str, int] | None = None) -> dict[str, Array]:
         """Run one function. Floats of bf16 tensors are rounded on the way in and widened on the way out; states are copied."""
+        schedule, launch, buffers = self._prepare(function, inputs, sizes or {})
+        launch()
+        tensors = {a.name: a.tensor for a in schedule.arguments}
+        return {n: _widened(buffers[n], tensors[n].dtype) for n in schedule.function.result_names}
+
+    def profile(self, function: str, inputs: Mapping[str, Array], sizes: Mapping[str, int] | None = None) -> Array:
+        """Nanoseconds of each launch of one call, in the order of the schedule."""
+        _, launch, _ = self._prepare(function, inputs, sizes or {})
+        times: Array = launch.profile()
+        return times
+
+    def _prepare(self, function: str, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> tuple[Schedule, Any, dict[str, Array]]:
         names = [s.function.name for s in self.program.schedules]
         schedule = self.program.schedules[names.index(function)]
         tensors = {a.name: a.tensor for a in schedule.arguments}
         params = [p.attrs["name"] for p in schedule.function.params]
-        values = dict(sizes or {}) | bind_sizes([tensors[n] for n in params], [np.shape(inputs[n]) for n in params], params)
+        values = dict(sizes) | bind_sizes([tensors[n] for n in params], [np.shape(inputs[n]) for n in params], params)
         launch = self.device.launch(names.index(function), len(schedule.dims), len(schedule.arguments))
         launch.resize([values[d.name] for d in schedule.dims])
         buffers: dict[str, Array] = {}
         for position, argument in enumerate(schedule.arguments):
-            shape = [size.evaluate(s, values) for s in argument.tensor.shape]
             if argument.name in inputs:
                 buffers[argument.name] = _stored(np.asarray(inputs[argument.name]), argument.tensor.dtype)
             else:
-                fill = np.zeros(shape, numpy_dtype(argument.tensor.dtype))
-                fill.view(np.uint8)[...] = 0xA5  # a result that is not written shows
-                buffers[argument.name] = fill
+                shape = [size.evaluate(s, values) for s in argument.tensor.shape]
+                count = int(np.prod(shape)) * numpy_dtype(argument.tensor.dtype).itemsize
+                fill = np.full(count, 0xFF, np.uint8)  # a result that is not written shows (NaN, -1)
+                buffers[argument.name] = fill.view(numpy_dtype(argument.tensor.dtype)).reshape(shape)
             launch.bind(position, buffers[argument.name])
-        launch()
-        return {n: _widened(buffers[n], tensors[n].dtype) for n in schedule.function.result_names}
-
-    def profile(self, function: str, inputs: Mapping[str, Array], sizes: Mapping[str, int] | None = None) -> list[float]:
-        """Nanoseconds of each launch of one call, in the order of the schedule."""
-        import ctypes
-
-        library, handle = self.device._library, self.device.handle
-        library.stemma_profile.restype = ctypes.c_int64
-        library.stemma_profile.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-        library.stemma_set_profile.argtypes = [ctypes.c_void_p, ctypes.c_int32]
-        library.stemma_set_profile(handle, 1)
-        self.call(function, inputs, sizes)
-        count = library.stemma_profile(handle, None, 0)
-        times = (ctypes.c_double * max(count, 1))()
-        library.stemma_profile(handle, times, count)
-        library.stemma_set_profile(handle, 0)
-        return list(times)[:count]
+        return schedule, launch, buffers
 
 
 def _stored(value: Array, name: str) -> Array:

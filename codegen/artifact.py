@@ -24,6 +24,7 @@ ALIGNMENT = 4096
 MANIFEST = "manifest.json"
 _LOCAL_HEADER, _ZIP64_EXTRA, _EXTRA_HEADER = 30, 20, 4
 _PADDING_ID = 0xD935  # the extra-field id that Android's zipalign uses for padding
+_LARGE = 1 << 30  # members from this size on get 64-bit sizes
 _OVERHEAD = 1 << 20  # headers, padding and manifest, for the check of free space
 
 
@@ -46,9 +47,7 @@ def write_artifact(path: str | os.PathLike[str], manifest: dict[str, Any], membe
     cannot be written, the disk is full, or a stream has not the size it announced.
     """
     target = Path(path)
-    if target.is_dir():
-        raise CompileError(f"Cannot write {target}: it is a folder. Give a file name, such as {target / 'model.stemma'}.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = _partial(target)
     file = _open(partial, target)
     try:
         with file:
@@ -70,6 +69,20 @@ def write_artifact(path: str | os.PathLike[str], manifest: dict[str, Any], membe
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """CompileError, now rather than after minutes of work, when an artifact cannot be written to `path`."""
+    target = Path(path)
+    partial = _partial(target)
+    _open(partial, target).close()
+    partial.unlink()
+
+
+def _partial(target: Path) -> Path:
+    if target.is_dir():
+        raise CompileError(f"Cannot write {target}: it is a folder. Give a file name, such as {target / 'model.stemma'}.")
+    return target.with_name(f".{target.name}.{os.getpid()}.partial")
 
 
 def _complete(manifest: dict[str, Any], files: dict[str, str], sizes: Mapping[str, int]) -> None:
@@ -124,7 +137,7 @@ class _Zip:
         # The date is fixed, so equal models give equal files.
         info = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
         info.external_attr = 0o644 << 16
-        large = stream.size >= 1 << 30
+        large = stream.size >= _LARGE
         header = _LOCAL_HEADER + len(name.encode()) + (_ZIP64_EXTRA if large else 0) + _EXTRA_HEADER
         padding = -(self._file.tell() + header) % ALIGNMENT
         info.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)

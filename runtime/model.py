@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -68,12 +68,32 @@ class Model:
             self._forward = CompiledFunction(device, self.manifest.functions["forward"])
 
     def __repr__(self) -> str:
-        return f"<stemma.Model {self.manifest.name} ({self.kind}), {self.device.variant}, {self.device.threads} threads>"
+        return f"<stemma.Model {self.manifest.name} ({self.kind}), {self.variant}, {self.threads} threads>"
 
     @property
     def kind(self) -> str:
         """"causal_lm", or "model" for anything else."""
         return self.manifest.kind
+
+    @property
+    def context(self) -> int:
+        """Positions of the longest sequence; 0 when it is no language model."""
+        return self.manifest.context
+
+    @property
+    def vocab(self) -> int:
+        """Number of tokens; 0 when it is no language model."""
+        return self.manifest.vocab
+
+    @property
+    def variant(self) -> str:
+        """The instruction set in use."""
+        return self.device.variant
+
+    @property
+    def threads(self) -> int:
+        """Threads of the kernels."""
+        return self.device.threads
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -82,23 +102,37 @@ class Model:
             self._tokenizer = Tokenizer(self._read, self._members.__contains__, str(self.path))
         return self._tokenizer
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can be used."""
+        return "tokenizer.json" in self._members and self.tokenizer.has_chat_template
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """The prompt for a conversation, as token ids for `generate` and `stream` (the template's text has its own first token).
+
+        See `Tokenizer.chat` for the messages and variables. InputError when there is no template or it rejects the messages.
+        """
+        return self.tokenizer.encode(self.tokenizer.chat(messages, **variables), special=False)
+
     def _read(self, name: str) -> bytes:
         with Artifact(self.path) as artifact:
             return artifact.read(name)
 
-    def check(self) -> Iterator[tuple[str, int]]:
-        """Hash every member of the file, weights included; yields (member, bytes) for each. ArtifactError when one differs."""
+    def check(self) -> int:
+        """Hash every member of the file, weights included; returns their bytes. ArtifactError when one differs."""
         with Artifact(self.path) as artifact:
-            yield from artifact.check()
+            return sum(size for _, size in artifact.check())
 
     def forward(self, *inputs: ArrayLike, **named: ArrayLike) -> Any:
         """The model's plain function.
 
         A causal language model takes one integer array [batch, tokens] of ids and gives float32 logits [batch, tokens, vocab].
-        Other models take their inputs by name or position and give a dict of named outputs. InputError for wrong input.
+        `rows` limits the tokens of one native call, which changes no bit of the result. Other models take their inputs by name or
+        position and give a dict of named outputs. InputError for wrong input.
         """
         if self.kind != "causal_lm":
             return self._forward(*inputs, **named)
+        rows = check_integer("rows", named.pop("rows", self._step.rows), 1, 2**31 - 1)
         if len(inputs) + len(named) != 1 or set(named) - {"ids"}:
             raise InputError(f"{self.manifest.name} takes one input, the token ids: an integer array [batch, tokens].")
         array = np.asarray(convert(inputs[0] if inputs else named["ids"], "i64", "ids"))
@@ -110,10 +144,11 @@ class Model:
         ids = array.astype(np.int32)
         batch, tokens = ids.shape
         out = empty((batch, tokens, self._step.vocab), "f32")
-        together = min(max(1, self._step.rows // tokens), self._step.sequences)
+        rows = min(rows, self._step.rows)
+        together = min(max(1, rows // tokens), self._step.sequences)
         for start in range(0, batch, together):
             part = ids[start : start + together]
-            session = Session(self._step, [tokens] * len(part))
+            session = Session(self._step, [tokens] * len(part), rows)
             try:
                 session.forward(part, out[start : start + together].reshape(part.size, -1))
             finally:
@@ -131,7 +166,7 @@ class Model:
           sequence (0)             a number, or one per prompt: other numbers give other samples with the same seed
           stop (none)              text, or several: the answer ends before the first of them
           ignore_eos (False)       go on after the end token
-          add_special_tokens (True)  let the tokenizer add its own tokens around a text prompt; False after `tokenizer.chat`
+          add_special_tokens (True)  let the tokenizer add its own tokens around a text prompt; False for text that has them
           batch_size (32)          prompts run together; a matter of speed and memory only
         InputError for wrong options, an empty prompt of a model without a first token, or a prompt that fills the context.
         """

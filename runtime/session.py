@@ -102,10 +102,11 @@ class Session:
     """Sequences in the caches, row i of the table holding up to `capacities[i]` positions.
 
     `run` computes logits for rows anywhere in any of the sequences; `prefill` and `decode` are the two uses of it. The bits of a
-    row do not depend on the rows that run with it, so how calls are grouped is only a question of speed. Close it when done.
+    row do not depend on the rows that run with it, so how calls are grouped (at most `rows` rows in one) is only a question of
+    speed. Close it when done.
     """
 
-    def __init__(self, step: Step, capacities: Sequence[int]) -> None:
+    def __init__(self, step: Step, capacities: Sequence[int], rows: int | None = None) -> None:
         if not 0 < len(capacities) <= step.sequences:
             raise InputError(f"A session holds 1 to {step.sequences} sequences, not {len(capacities)}.")
         if max(capacities) > step.context:
@@ -120,7 +121,7 @@ class Session:
         self.table = np.zeros((len(capacities), width), np.int32)
         for row, capacity in enumerate(capacities):
             self.table[row, :capacity] = self.slots.take(capacity)
-        rows = min(step.rows, sum(capacities))
+        rows = min(rows or step.rows, step.rows, sum(capacities))
         self.tokens, self.positions, self.rows_slots, self.sequence, self.selected = np.zeros((5, rows), np.int32)
         self.logits = empty((min(rows, len(capacities)), step.vocab), "f32")
         self.native_seconds = 0.0
@@ -139,13 +140,22 @@ class Session:
 
     def run(self, rows: int, outputs: int) -> None:
         """Run the step on the first `rows` entries of tokens, positions, rows_slots and sequence, and `outputs` of selected."""
-        if self._sizes != (rows, outputs):
-            self._sizes = (rows, outputs)
-            self._values["rows"], self._values["outputs"] = rows, outputs
-            self._launch.resize([self._values[d.name] for d in self.step.spec.dims])
+        self._resize(rows, outputs)
         start = time.perf_counter()
         self._launch()
         self.native_seconds += time.perf_counter() - start
+
+    def profile(self, rows: int, outputs: int) -> NDArray[np.float64]:
+        """Like `run`, with a clock around each kernel: nanoseconds of each, in the order of the manifest's launches."""
+        self._resize(rows, outputs)
+        return self._launch.profile()
+
+    def _resize(self, rows: int, outputs: int) -> None:
+        if self._sizes != (rows, outputs):
+            self._sizes = (-1, -1)
+            self._values["rows"], self._values["outputs"] = rows, outputs
+            self._launch.resize([self._values[d.name] for d in self.step.spec.dims])
+            self._sizes = (rows, outputs)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
         """Run one prompt per row of the table, in calls of at most `step.rows` rows.

@@ -19,7 +19,7 @@
 
 struct Model {
     const int32_t* weights;
-    int32_t threads;
+    int32_t threads, profiling;
 };
 struct StemmaSampling {
     float temperature, top_p, min_p, repetition_penalty;
@@ -44,7 +44,7 @@ void* stemma_open(const char*, const void* weights, int32_t threads, char* error
         snprintf(error, error_bytes, "%d threads are too many for a fake", threads);
         return nullptr;
     }
-    return new Model{(const int32_t*)weights, threads};
+    return new Model{(const int32_t*)weights, threads, 0};
 }
 void stemma_close(void* model) { delete (Model*)model; }
 
@@ -90,6 +90,12 @@ int32_t stemma_call(void* model, int32_t function, const int64_t* sizes, void* c
     for (int64_t i = 0; i < batch; i++) total += ((const int64_t*)buffers[1])[i];
     *(int64_t*)buffers[3] = total;
     return 0;
+}
+
+void stemma_set_profile(void* model, int32_t on) { ((Model*)model)->profiling = on; }
+int64_t stemma_profile(void* model, double* nanoseconds, int64_t n) {
+    for (int64_t i = 0; i < n && i < 2; i++) nanoseconds[i] = 10.0 * (i + 1) * ((Model*)model)->profiling;
+    return 2;
 }
 
 int32_t stemma_sample(void*, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length) {

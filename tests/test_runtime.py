@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def test_forward(model: Model, batch: int, tokens: int) -> None:
     assert got.dtype == np.float32 and got.shape == (batch, tokens, fake.VOCAB)
     np.testing.assert_array_equal(got, np.stack([fake.logits(row) for row in ids.tolist()]))
     np.testing.assert_array_equal(model.forward(ids=ids.astype(np.uint16)), got)
+    for rows in (1, 3, 1000):
+        np.testing.assert_array_equal(model.forward(ids, rows=rows), got)
 
 
 @pytest.mark.quick
@@ -220,7 +223,8 @@ def test_chat_templates(model: Model) -> None:
     prompt = model.tokenizer.chat(messages)
     assert prompt == "<user>hi <b>\n<assistant>"
     assert model.tokenizer.chat(messages, add_generation_prompt=False) == "<user>hi <b>\n"
-    assert model.tokenizer.encode(prompt, special=False) == model.tokenizer.encode(prompt)[1:]
+    assert model.has_chat_template and model.chat(messages) == model.tokenizer.encode(prompt)[1:]
+    assert model.generate(model.chat(messages), **SAMPLED) == model.generate(prompt, add_special_tokens=False, **SAMPLED)
     model.tokenizer._chat = "{{ bos_token }}{{ messages | tojson }}{{ raise_exception('roles must alternate') }}"
     with pytest.raises(InputError, match="rejects these messages: roles must alternate"):
         model.tokenizer.chat(messages)
@@ -311,6 +315,7 @@ def test_models_without_an_end_token_or_a_tokenizer(model: Model, tmp_path: Path
     with stemma.load(fake.write(tmp_path / "bare.stemma", text=False, eos=[])) as bare:
         ids = bare.generate_ids([3], max_new_tokens=60)
         assert len(ids) == 60 and ids == model.generate_ids([3], max_new_tokens=60, ignore_eos=True)
+        assert not bare.has_chat_template
         for call in (bare.generate, bare.stream, lambda p: bare.generate_ids(p, stop="x")):
             with pytest.raises(ArtifactError, match="has no tokenizer. Use token ids"):
                 call("text")
@@ -422,7 +427,26 @@ def test_a_closed_model_says_so(path: Path) -> None:
 
 @pytest.mark.quick
 def test_check_hashes_the_file(model: Model) -> None:
-    assert {"weights.bin", "manifest.json", "targets/cpu/kernels.so"} <= set(dict(model.check()))
+    with zipfile.ZipFile(model.path) as archive:
+        assert model.check() == sum(info.file_size for info in archive.infolist())
+
+
+@pytest.mark.quick
+def test_sessions_run_and_profile_any_rows(model: Model) -> None:
+    """What `inspect --roofline` and decoding programs use."""
+    session = model.session([4, 4])
+    done = [(row, session.logits[i].copy()) for i, row in session.prefill([[5, 6], [7]])]
+    assert [row for row, _ in done] == [0, 1] and session.lengths == [2, 1]
+    for (_, found), ids in zip(done, ([5, 6], [7]), strict=True):
+        np.testing.assert_array_equal(found, fake.logits(ids)[-1])
+    session.decode([1, 0], [9, 8])
+    np.testing.assert_array_equal(session.logits, [fake.logits([7, 9])[-1], fake.logits([5, 6, 8])[-1]])
+    assert session.profile(2, 2).tolist() == [10.0, 20.0]
+    session.close()
+    with pytest.raises(InputError, match="97 positions exceeds the model's context of 96"):
+        model.session([97])
+    with pytest.raises(InputError, match="holds 1 to 8 sequences, not 9"):
+        model.session([1] * 9)
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.randoms())

@@ -50,6 +50,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "stemma_arena_bytes": (_LONG, [_VOID, _INT, _VOID]),
     "stemma_call": (_INT, [_VOID, _INT, _VOID, _VOID, _VOID]),
     "stemma_sample": (_INT, [_VOID, _VOID, _LONG, _VOID, _VOID, _LONG]),
+    "stemma_set_profile": (None, [_VOID, _INT]),
+    "stemma_profile": (_LONG, [_VOID, _VOID, _LONG]),
 }
 
 
@@ -203,10 +205,27 @@ class Launch:
 
     def __call__(self) -> None:
         """Run the function. DeviceError when it reports a failure."""
+        with self.device.lock:
+            self._run()
+
+    def profile(self) -> NDArray[np.float64]:
+        """Run the function with a clock around each of its kernels; nanoseconds of each, in the order of the manifest."""
         device = self.device
+        library = device._library
         with device.lock:
-            device._reserve(self._arena_bytes)
-            status = self._call(device.handle, self.index, *self._pointers, device._arena_address)
+            library.stemma_set_profile(device.handle, 1)
+            try:
+                self._run()
+                times = np.zeros(library.stemma_profile(device.handle, None, 0))
+                library.stemma_profile(device.handle, times.ctypes.data, times.size)
+            finally:
+                library.stemma_set_profile(device.handle, 0)
+        return times
+
+    def _run(self) -> None:
+        device = self.device
+        device._reserve(self._arena_bytes)
+        status = self._call(device.handle, self.index, *self._pointers, device._arena_address)
         if status:
             raise DeviceError(
                 f"Function {self.index} of {device.source} failed with status {status} for the sizes {list(self._sizes)}."

@@ -208,7 +208,7 @@ def _quantize_block(values: Array, kind: DType, group: int) -> tuple[NDArray[np.
 
 def round_bf16(values: Array) -> NDArray[np.uint16]:
     """float32 values to bfloat16 bits, round to nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits = np.asarray(values, np.float32, order="C").view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).astype(np.uint16)
 

@@ -1,0 +1,88 @@
+"""Rules around matrix products with weights: one form (`linear`), weights in the element type they are stored in."""
+
+from __future__ import annotations
+
+from stemma.ir import Node, SizeLike, ops
+from stemma.passes.constants import is_constant
+from stemma.passes.pattern import Match, optional
+from stemma.passes.rewrite import NoMatch, rule
+from stemma.passes.selftest import example, tensor_type
+
+NARROW = ("bf16", "f16")
+
+
+def weight(name: str, type: str) -> Node:
+    """A weight for the examples of rules: `weight("w", "bf16[3, 4]")`."""
+    return ops.weight(name=name, type=tensor_type(type))  # type: ignore[no-any-return]
+
+
+W, BIAS, NARROW_W = weight("w", "f32[3, 4]"), weight("b", "f32[3]"), weight("n", "bf16[3, 4]")
+
+
+def _weight_is_constant(match: Match) -> str | None:
+    return None if is_constant(match["w"]) else "the right operand is computed from inputs"
+
+
+@rule(lambda x, w: ops.matmul(x, w), check=_weight_is_constant, cases=[{"x": "f32[n, 3]", "w": W}])
+def matmul_with_weight(x: Node, w: Node) -> Node:
+    """matmul(x, w) -> linear(x, transpose(w)), when w is a constant matrix"""
+    if w.tensor.rank != 2 or x.dtype != "f32":
+        raise NoMatch("the weight is no matrix, or the product is not f32")
+    return ops.linear(x, ops.transpose(w, axes=(1, 0)))  # type: ignore[no-any-return]
+
+
+@rule(lambda x, w, b: ops.linear(x, w) + b, cases=[{"x": "f32[n, 4]", "w": W, "b": BIAS}])
+def linear_bias(x: Node, w: Node, b: Node) -> Node:
+    """add(linear(x, w), b) -> linear(x, w, b), when b is a constant vector"""
+    if b.shape != w.shape[:1] or not is_constant(b):
+        raise NoMatch("what is added is no constant vector of the outputs")
+    return ops.linear(x, w, b)  # type: ignore[no-any-return]
+
+
+@rule(
+    lambda x, w, b: ops.linear(x, ops.cast(w, dtype="f32"), optional(b)),
+    cases=[{"x": "f32[n, 4]", "w": NARROW_W, "b": b} for b in (None, BIAS)],
+)
+def narrow_linear(x: Node, w: Node, b: Node | None) -> Node:
+    """linear(x, cast(w, f32), b) -> linear(x, w, b): linear widens its weight while reading it"""
+    if w.dtype not in NARROW:
+        raise NoMatch(f"the cast from {w.dtype} to f32 is no widening")
+    return ops.linear(x, w, b)  # type: ignore[no-any-return]
+
+
+@rule(lambda w, ids: ops.embedding(ops.cast(w, dtype="f32"), ids), cases=[{"w": weight("n", "bf16[5, 4]"), "ids": "i64[n]"}])
+def narrow_embedding(w: Node, ids: Node) -> Node:
+    """embedding(cast(w, f32), ids) -> embedding(w, ids)"""
+    if w.dtype not in NARROW:
+        raise NoMatch(f"the cast from {w.dtype} to f32 is no widening")
+    return ops.embedding(w, ids)  # type: ignore[no-any-return]
+
+
+@rule(
+    lambda x, w, b, s: ops.linear(ops.reshape(x, shape=s), w, optional(b)),
+    cases=[{"x": "f32[n, m, 4]", "w": W, "b": b, "s": (example("x", "f32[n * m]").shape[0], 4)} for b in (None, BIAS)],
+)
+def reshaped_linear(x: Node, w: Node, b: Node | None, s: tuple[SizeLike, ...]) -> Node:
+    """linear(reshape(x, [.., K]), w, b) -> reshape(linear(x, w, b)), when the reshape keeps the last axis"""
+    if x.tensor.rank == 0 or x.shape[-1] != s[-1]:
+        raise NoMatch("the reshape changes the last axis")
+    return ops.reshape(ops.linear(x, w, b), shape=(*s[:-1], w.shape[0]))  # type: ignore[no-any-return]
+
+
+_WIDE = ops.cast(NARROW_W, dtype="f32")
+
+
+@rule(
+    lambda x: x, roots=("transpose", "reshape", "slice", "concat"),
+    cases=[{"x": ops.transpose(_WIDE, axes=(1, 0))}, {"x": ops.reshape(_WIDE, shape=(12,))},
+           {"x": ops.slice(_WIDE, axis=0, start=1, stop=3)}, {"x": ops.concat(_WIDE, _WIDE, axis=0)}],
+)  # fmt: skip
+def cast_outward(x: Node) -> Node:
+    """transpose(cast(w)) -> cast(transpose(w)); likewise reshape, slice and concat of constants"""
+    inner = [i.inputs[0] for i in x.inputs if i.op.name == "cast" and is_constant(i)]
+    if len(inner) != len(x.inputs) or any(i.dtype != inner[0].dtype for i in inner):
+        raise NoMatch("the operands are not all casts of constants of one element type")
+    return ops.cast(x.op(*inner, **x.attrs), dtype=x.dtype)  # type: ignore[no-any-return]
+
+
+WEIGHTS = (matmul_with_weight, linear_bias, narrow_linear, narrow_embedding, reshaped_linear, cast_outward)

@@ -114,9 +114,14 @@ def _as_pattern(value: Any) -> Pattern:
     return Exact(value) if isinstance(value, Node) else Scalar(value)
 
 
-def scalar(value: Any) -> Any:
-    """A constant by value: `scalar(eps)` captures the number of a `constant` node in the variable `eps`."""
-    return Scalar(value) if isinstance(value, Pattern) else value
+def scalar(value: Any, like: Any = None) -> Any:
+    """A constant by value: `scalar(eps)` captures the number of a `constant` node in the variable `eps`.
+
+    `like` gives the element type when the pattern function is called with nodes and no neighbour shows it (as in `where`).
+    """
+    if isinstance(value, Pattern):
+        return Scalar(value)
+    return OPS["constant"](value=value, dtype=like.dtype) if isinstance(like, Node) else value
 
 
 def optional(value: Any) -> Any:

@@ -50,7 +50,7 @@ class Rule:
         reason = self.check(match) if self.check else None
         if reason is not None:
             raise NoMatch(reason)
-        arguments = {n: match if n == "match" else match.values[n] for n in self.arguments}
+        arguments = {n: match if n == "match" else match.values.get(n) for n in self.arguments}
         root = match.root
         with stamp(line=root.origin.line, by=self.name):
             try:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stemma.ir import CompileError, Node, SizeLike, dtype
+from stemma.ir import CompileError, SizeLike, dtype
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,28 @@ class Buffer:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """A reduction to write: its kind (sum, max, min, argmax), element types of the terms and the result, the name of the result
+    and of a second variable, loops as (variable, extent) from the outermost, and whether the innermost is known to be short."""
+
+    kind: str
+    term: str
+    type: str
+    result: str
+    spare: str
+    loops: tuple[tuple[str, str], ...]
+    short: bool
+
+
+@dataclass(frozen=True)
 class Dialect(ABC):
     """One language. `memory` and `value` map element types to the type of a buffer's element and of a scalar variable.
 
-    functions maps an operation to an expression with {0}, {1}, {2} for its operands; an entry "op:f64" goes before "op".
-    {T} in such an expression is the type of the operands. reserved: words that no buffer or size may be called. block: work items of
+    functions maps an operation to an expression with {0}, {1}, {2} for its operands and {T} for their type; an entry "op:f64" or
+    "op:int" (a kind of element type) goes before "op". reserved: words that no buffer or size may be called. block: work items of
     one group (1: no groups). independent: what to write before an innermost loop without dependences between its iterations.
+    size_prefix: what to write before the name of a size. max_buffers: buffers that a kernel may bind, 0 for any number.
+    index_bits: width of the integers that stand for i64.
     """
 
     name: str
@@ -36,6 +52,9 @@ class Dialect(ABC):
     preamble: str
     block: int = 1
     independent: str = ""
+    size_prefix: str = ""
+    max_buffers: int = 0
+    index_bits: int = 64
 
     def value_type(self, name: str) -> str:
         """Type of a scalar variable; CompileError when the language has no such type."""
@@ -51,10 +70,40 @@ class Dialect(ABC):
 
     def call(self, op: str, kind: str, *operands: str) -> str:
         """The expression of an operation on scalars of element type `kind`."""
-        form = self.functions.get(f"{op}:{kind}", self.functions.get(op))
+        keys = (f"{op}:{kind}", f"{op}:{dtype(kind).kind}", op)
+        form = next((self.functions[key] for key in keys if key in self.functions), None)
         if form is None:
             raise CompileError(f"{self.name} has no function {op}.")
         return form.format(*operands, T=self.value_type(kind))
+
+    def serial_reduction(self, reduction: Reduction, variable: str) -> tuple[list[str], str, list[str]]:
+        """`reduce` as plain nested loops in one work item; `variable` is the form {T} {name} {value} of a mutable definition."""
+        kind, result, spare = reduction.kind, reduction.result, reduction.spare
+        term, last = self.value_type(reduction.term), len(reduction.loops)
+        if kind == "argmax":
+            loop = reduction.loops[0][0]
+            first = [("i64", result, self.literal(0, "i64")), (reduction.term, spare, self.extreme("max", reduction.term))]
+            form = f"if ({{value}} > {spare}) {{ {spare} = {{value}}; {result} = {loop}; }}"
+        elif kind == "sum":
+            first = [(reduction.term, result, f"{term}(0)")]
+            form = f"{result} = {result} + {{value}};"
+        else:
+            first = [(reduction.term, result, self.extreme(kind, reduction.term))]
+            combined = self.call("maximum" if kind == "max" else "minimum", reduction.term, result, "{value}")
+            form = f"{result} = {combined};"
+        opening = [variable.format(T=self.value_type(t), name=n, value=v) for t, n, v in first]
+        opening += ["  " * depth + self.loop(v, "0", extent) for depth, (v, extent) in enumerate(reduction.loops)]
+        return opening, form, ["  " * depth + "}" for depth in reversed(range(last))]
+
+    def extreme(self, kind: str, name: str) -> str:
+        """What `max` or `min` starts from: nothing is below, or above, it."""
+        element = dtype(name)
+        sign = -1 if kind == "max" else 1
+        if element.kind == "float":
+            return self.literal(sign * float("inf"), name)
+        bits = min(element.bits, self.index_bits)
+        low, high = (0, 2**bits - 1) if name == "u8" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return self.literal(low if kind == "max" else high, name)
 
     # -- what each language says in its own way --------------------------------------------------------------------
 
@@ -83,13 +132,8 @@ class Dialect(ABC):
         """The head of a counted loop, up to its opening brace."""
 
     @abstractmethod
-    def reduce(
-        self, kind: str, node: Node, result: str, variables: Sequence[tuple[str, str]], small: bool
-    ) -> tuple[list[str], str, list[str]]:
-        """Lines that open a reduction over (variable, extent) loops into `result`, a form for the term, and closing lines.
-
-        The form has {value} for the term of one iteration. `small`: the innermost extent is known to be small.
-        """
+    def reduce(self, reduction: Reduction) -> tuple[list[str], str, list[str]]:
+        """Opening lines of a reduction, the statement for one term with {value} in it, and closing lines, each indented."""
 
     @abstractmethod
     def kernel(
@@ -112,7 +156,3 @@ class Grid:
     threads: SizeLike
     note: str
 
-
-def bytes_of(name: str) -> int:
-    """Bytes of one stored element."""
-    return dtype(name).bits // 8

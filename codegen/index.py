@@ -50,7 +50,9 @@ class Indices:
         return self._nodes[atom], index - Size((((atom,), 1),))
 
     def _varies(self, atom: Dim | Call) -> bool:
-        return atom in self._extents if isinstance(atom, Dim) else bool((size.dims(atom.a) | size.dims(atom.b)) & self._extents.keys())
+        if isinstance(atom, Dim):
+            return atom in self._extents
+        return bool((size.dims(atom.a) | size.dims(atom.b)) & self._extents.keys())
 
     def _extreme(self, index: SizeLike, top: bool) -> SizeLike | None:
         """The largest or smallest value as a size of the kernel's dimensions, None when unknown. Dimensions are >= 0."""

@@ -126,8 +126,8 @@ class _Lowering:
             self.outputs[result] = ops.param(name=_fresh(result, taken), type=node.tensor)
         self.temporaries: dict[str, Tensor] = {}
         for node in (n for n in self.nodes if n in stored):
-            result = next((r for r, n in results if n is node), None)
-            if result is None:
+            result = next((r for r, n in results if n is node), "")
+            if not result:
                 result = _fresh(f"{name}_t{len(self.temporaries)}", taken)
                 self.temporaries[result] = node.tensor
                 self.outputs[result] = ops.param(name=result, type=node.tensor)
@@ -257,7 +257,8 @@ class _Lowering:
         if node.op.name == "param" or (node in self.buffers and node is not self.root):
             buffer = self.buffers.get(node, node)
             if dtype(buffer.dtype).kind == "quantized":
-                raise CompileError(f"{self.name}: the quantized value {buffer.attrs['name']!r} cannot be read by a generated kernel.")
+                where = buffer.attrs["name"]
+                raise CompileError(f"{self.name}: the quantized value {where!r} cannot be read by a generated kernel.")
             return ops.load(buffer, *map(self.indices.scalar, index))
         if node.op.name == "scatter":
             raise _Store(node)

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stemma.backends.dialect import Buffer, Dialect, Grid
+from stemma.backends.dialect import Buffer, Dialect, Grid, Reduction
 from stemma.codegen.lower import Kernel
-from stemma.ir import CompileError, Dim, Node, Size, SizeLike, dtype, size, topological
+from stemma.ir import CompileError, Dim, Node, Size, SizeLike, size, topological
 from stemma.ir.size import Call
 
+LONG = 16384  # a longer row is shared by several threads
 FEW = 16  # a reduction over fewer elements than this is done in order
 SHORT = 48  # characters of an expression that is repeated rather than named
 COSTLY = {"exp": 8, "log": 8, "tanh": 12, "erf": 12, "sigmoid": 12, "sin": 16, "cos": 16, "pow": 40, "div": 2, "load": 1}
@@ -35,8 +36,8 @@ def render(kernel: Kernel, dialect: Dialect) -> Rendered:
 class _Renderer:
     def __init__(self, kernel: Kernel, dialect: Dialect) -> None:
         self.kernel, self.dialect = kernel, dialect
-        self.names: set[str] = set(dialect.reserved)
-        self.dims = {d: self._name(d) for d in kernel.dims}
+        self.names: set[str] = {*dialect.reserved, kernel.name}
+        self.dims = {d: dialect.size_prefix + self._name(d) for d in kernel.dims}
         written = {_buffer(store) for r in kernel.function.results for store in _stores(r)}
         self.buffers = {
             p: Buffer(self._name(p.attrs["name"]), p.dtype, p in written) for p in kernel.function.params
@@ -56,6 +57,9 @@ class _Renderer:
         return unique
 
     def render(self) -> Rendered:
+        limit = self.dialect.max_buffers
+        if limit and len(self.buffers) > limit:
+            raise CompileError(f"{self.kernel.name} binds {len(self.buffers)} buffers; {self.dialect.name} allows {limit}.")
         stores = [store for r in self.kernel.function.results for store in _stores(r)]
         nests: dict[tuple[Node, ...], list[Node]] = {}
         for store in stores:
@@ -92,9 +96,14 @@ class _Renderer:
         roots = [i for s in stores for i in s.inputs[1:]]
         ordered = {loop for s in stores for i in s.inputs[2:] for loop in self._through_loads(i)}
         reductions = [n for n in topological(roots) if n.op.name == "reduce_loop"]
-        outermost = [max((loops.index(d) for d in self._depends(r) if d in loops), default=-1) for r in reductions]
-        hoisted = [level for level, r in zip(outermost, reductions) if level < len(loops) - 1 and self._depends(r) <= set(loops)]
-        parallel, inner = self._split(loops, ordered, hoisted)
+        hoisted: dict[Node, int] = {}  # reduction outside the innermost loop -> position of the last loop it depends on
+        for r in reductions:
+            position = max((loops.index(d) for d in self._depends(r) if d in loops), default=-1)
+            if position < len(loops) - 1 and self._depends(r) <= set(loops):
+                hoisted[r] = position
+        rows = min(hoisted.values(), default=len(loops) - 1) + 1  # loops whose iterations share nothing
+        inside = any(r not in hoisted for r in reductions)
+        parallel, inner = self._split(loops[:rows], loops, ordered, inside)
         rest = [loop for loop in loops if loop not in parallel]
         self.uses = _uses(stores)
         self.text: dict[Node, str] = {}
@@ -102,10 +111,9 @@ class _Renderer:
             self.text[loop] = self._name(loop.attrs["name"])
         body = list(self._place(roots, frozenset(parallel), rest, stores, inner))
         counted = [self._extent(loop) for loop in rest]
-        work = " * ".join([*counted, str(self._work(roots))]) if counted else str(self._work(roots))
-        for r in reductions:
-            if r in hoisted or self._depends(r) <= set(parallel):
-                work += f" + {' * '.join(self._extent(k) for k in r.inputs[1:])}"
+        extents = {r: " * ".join(f"({self._extent(k)})" for k in r.inputs[1:]) for r in reductions}
+        each = " + ".join([str(self._work(roots)), *(e for r, e in extents.items() if r not in hoisted)])
+        work = " + ".join([" * ".join([*(f"({e})" for e in counted), f"({each})"]), *(extents[r] for r in hoisted)])
         grid = Grid(
             tuple((self.text[loop], self._extent(loop)) for loop in parallel),
             (self.text[inner], self._extent(inner)) if inner is not None else None,
@@ -113,16 +121,18 @@ class _Renderer:
         )  # fmt: skip
         return grid, body
 
-    def _split(self, loops: list[Node], ordered: set[Node], hoisted: list[int]) -> tuple[list[Node], Node | None]:
-        """Parallel loops, and an innermost loop that may be split as well. Loops that decide which write wins stay in order."""
-        if self.dialect.block == 1:
-            first = next((i for i, loop in enumerate(loops) if loop in ordered), len(loops))
-            parallel = loops[: min(first, max(len(loops) - 1, 0))]
-            last = loops[-1] if loops else None
-            whole = bool(hoisted) or bool(ordered) or last is None or size.bounds(last.attrs["extent"])[1] <= 16384
-            return parallel, None if whole else last
-        level = max(hoisted, default=len(loops) - 1)
-        return [loop for loop in loops[: level + 1] if loop not in ordered], None
+    def _split(
+        self, rows: list[Node], loops: list[Node], ordered: set[Node], reduces: bool
+    ) -> tuple[list[Node], Node | None]:
+        """Parallel loops among `rows`, and an innermost loop that may be split as well. Loops that decide which of two writes to one
+        place wins stay in order. On the CPU the innermost loop is left to the vector unit unless every iteration reduces."""
+        if self.dialect.block > 1:
+            return [loop for loop in rows if loop not in ordered], None
+        first = next((i for i, loop in enumerate(rows) if loop in ordered), len(rows))
+        parallel = rows[:first]
+        if not loops or parallel != loops or reduces:
+            return parallel, None
+        return parallel[:-1], loops[-1] if size.bounds(loops[-1].attrs["extent"])[1] > LONG else None
 
     def _through_loads(self, index: Node) -> frozenset[Node]:
         """Loops that reach an index through memory: two iterations may give the same place."""
@@ -209,18 +219,19 @@ class _Renderer:
         names.add(result)
         for loop in loops:
             self.text[loop] = self._name(loop.attrs["name"])
-        variables = [(self.text[loop], self._extent(loop)) for loop in loops]
-        small = size.bounds(loops[-1].attrs["extent"])[1] < FEW
-        opening, form, closing = self.dialect.reduce(node.attrs["kind"], node, result, variables, small)
-        for depth, line in enumerate(opening):
-            yield "  " * min(depth, len(loops)) + line
+        spare = self._name(f"{result}_so_far")
+        short = size.bounds(loops[-1].attrs["extent"])[1] < FEW
+        variables = tuple((self.text[loop], self._extent(loop)) for loop in loops)
+        opening, form, closing = self.dialect.reduce(
+            Reduction(node.attrs["kind"], value.dtype, node.dtype, result, spare, variables, short)
+        )
+        yield from opening
         indent = "  " * len(loops)
         for line in self._place([value], available | frozenset(loops), ()):
             yield indent + line
         for line in form.replace("{value}", self._bare(value)).splitlines():
             yield indent + line
-        for depth, line in enumerate(closing):
-            yield "  " * max(len(loops) - 1 - depth, 0) + line
+        yield from closing
         self.text, self.names = kept, names
         self.text[node] = result
 

@@ -6,11 +6,11 @@ alone: not on the instruction set's width, the number of threads, or the other r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from stemma.backends.dialect import Buffer, Dialect, Grid
-from stemma.ir import Node, dtype
+from stemma.backends.c_family import ARITHMETIC, DOUBLE, HELPERS, KEYWORDS, CFamily, product, unravel
+from stemma.backends.dialect import Buffer, Grid, Reduction
+from stemma.ir import dtype
 
 GRAIN = 16384  # elementary operations of one chunk of work: some microseconds, many times the cost of claiming it
 BLOCK = 16384  # columns of a long row that one chunk computes
@@ -26,17 +26,7 @@ PREAMBLE = """\
 
 namespace {
 
-template <class T> [[maybe_unused]] static ST_INLINE T st_max(T a, T b) { return (a > b || a != a) ? a : b; }
-template <class T> [[maybe_unused]] static ST_INLINE T st_min(T a, T b) { return (a < b || a != a) ? a : b; }
-template <class T> [[maybe_unused]] static ST_INLINE T st_sign(T a) { return (T)((a > 0) - (a < 0)); }
-template <class T> [[maybe_unused]] static ST_INLINE T st_abs(T a) { return a < 0 ? (T)-a : a; }
-template <class T> [[maybe_unused]] static ST_INLINE T st_floordiv(T a, T b) {
-  T q = a / b;
-  return q * b != a && ((a < 0) != (b < 0)) ? q - 1 : q;
-}
-template <> [[maybe_unused]] ST_INLINE float st_floordiv<float>(float a, float b) { return __builtin_floorf(a / b); }
-template <> [[maybe_unused]] ST_INLINE double st_floordiv<double>(double a, double b) { return __builtin_floor(a / b); }
-template <class T> [[maybe_unused]] static ST_INLINE T st_mod(T a, T b) { return a - st_floordiv<T>(a, b) * b; }
+%HELPERS%
 [[maybe_unused]] static ST_INLINE int64_t st_least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Combines term(0..n-1) in sixteen lanes, element k in lane k % 16, then the lanes in one tree.
@@ -82,31 +72,14 @@ template <class Term> [[maybe_unused]] static ST_INLINE int64_t st_argmax(int64_
 
 }  // namespace
 """
+_SPECIAL = HELPERS.replace("template <> @", "template <> [[maybe_unused]] ST_INLINE")
+PREAMBLE = PREAMBLE.replace("%HELPERS%", _SPECIAL.replace("@", "[[maybe_unused]] static ST_INLINE"))
 
-RESERVED = frozenset(
-    "alignas auto bool break case char class const continue default delete do double else enum extern false float for goto if inline "
-    "int long namespace new operator private public register return short signed sizeof static struct switch template this throw "
-    "true try typedef union unsigned using virtual void volatile while and or not xor team chunk item rows blocks begin end grain "
-    "exp log sqrt sin cos tanh erf pow floor ceil abs y0 y1 yn j0 j1 jn signal time index main".split()
-)
+RESERVED = KEYWORDS | frozenset("team chunk item rows blocks begin end grain".split())
 
 
-class Cpp(Dialect):
+class Cpp(CFamily):
     """C++ with one thread team; a kernel is called by every thread."""
-
-    def literal(self, value: float | int | bool, kind: str) -> str:
-        match dtype(kind).kind:
-            case "bool":
-                return "true" if value else "false"
-            case "float":
-                suffix = "" if kind == "f64" else "f"
-                if math.isinf(value):
-                    return f"(-__builtin_inf{suffix}())" if value < 0 else f"__builtin_inf{suffix}()"
-                if math.isnan(value):
-                    return f'__builtin_nan{suffix}("")'
-                return _parenthesised(f"{_shortest(float(value), kind)}{suffix}")
-            case _:
-                return _parenthesised(f"INT64_C({int(value)})" if abs(int(value)) >= 2**31 else str(int(value)))
 
     def convert(self, text: str, source: str, target: str) -> str:
         if target in ("bf16", "f16"):
@@ -128,29 +101,18 @@ class Cpp(Dialect):
         value = f"st_{buffer.dtype}({value})" if buffer.dtype in ("bf16", "f16") else value
         return f"{buffer.name}[{offset}] = {value};"
 
-    def define(self, type: str, name: str, value: str) -> str:
-        return f"const {type} {name} = {value};"
-
-    def loop(self, variable: str, begin: str, end: str) -> str:
-        return f"for (int64_t {variable} = {begin}; {variable} < {end}; ++{variable}) {{"
-
-    def reduce(
-        self, kind: str, node: Node, result: str, variables: Sequence[tuple[str, str]], small: bool
-    ) -> tuple[list[str], str, list[str]]:
-        value = self.value_type(node.inputs[0].dtype)
-        opening, closing = [], []
-        for depth, (variable, extent) in enumerate(variables):
-            last = depth == len(variables) - 1
-            if kind == "argmax":
-                call = "st_argmax"
-            elif kind == "sum":
-                few = (small and last) or (not last) or dtype(node.dtype).kind != "float"
-                call = f"st_sum_few<{value}>" if few else f"st_sum<{value}>"
-            else:
-                call = f"st_{'largest' if kind == 'max' else 'smallest'}<{value}>"
-            head = f"const {self.value_type(node.dtype)} {result} = " if depth == 0 else "return "
-            opening.append(f"{head}{call}({extent}, ST_TERM({variable}) {{")
-            closing.append("});")
+    def reduce(self, reduction: Reduction) -> tuple[list[str], str, list[str]]:
+        term, floating = self.value_type(reduction.term), dtype(reduction.term).kind == "float"
+        opening: list[str] = []
+        closing: list[str] = []
+        for depth, (variable, extent) in enumerate(reduction.loops):
+            innermost = depth == len(reduction.loops) - 1
+            call = {"argmax": "st_argmax", "max": f"st_largest<{term}>", "min": f"st_smallest<{term}>"}.get(reduction.kind)
+            if call is None:
+                call = f"st_sum<{term}>" if floating and innermost and not reduction.short else f"st_sum_few<{term}>"
+            head = f"const {self.value_type(reduction.type)} {reduction.result} = " if depth == 0 else "return "
+            opening.append("  " * depth + f"{head}{call}({extent}, ST_TERM({variable}) {{")
+            closing.insert(0, "  " * depth + "});")
         return opening, "return {value};", closing
 
     def kernel(
@@ -165,8 +127,7 @@ class Cpp(Dialect):
 
 def _parallel(grid: Grid, body: list[str]) -> list[str]:
     """Chunks of consecutive iterations of the parallel loops, taken by the threads of the team."""
-    rows = " * ".join(f"({extent})" if " " in extent else extent for _, extent in grid.loops) or "1"
-    lines = [f"// {grid.note}", f"const int64_t rows = {rows};"]
+    lines = [f"// {grid.note}", f"const int64_t rows = {product(tuple(extent for _, extent in grid.loops))};"]
     work = grid.work
     items = "rows"
     if grid.inner is not None:
@@ -180,45 +141,15 @@ def _parallel(grid: Grid, body: list[str]) -> list[str]:
     if grid.inner is not None:
         lines.append(f"    const int64_t begin = item % blocks * {BLOCK}, end = st_least({grid.inner[1]}, begin + {BLOCK});")
         rest = "item / blocks"
-    for i, (variable, extent) in reversed(list(enumerate(grid.loops))):
-        wrapped = f"({extent})" if " " in extent else extent
-        inside = f"({rest})" if " " in rest else rest
-        lines.append(f"    const int64_t {variable} = {rest};" if i == 0 else f"    const int64_t {variable} = {inside} % {wrapped};")
-        rest = f"{inside} / {wrapped}"
+    lines += [f"    const int64_t {variable} = {value};" for variable, value in unravel(rest, grid.loops)]
     lines += [f"    {line}" for line in body]
     return [*lines, "  }", "});"]
-
-
-def _shortest(value: float, kind: str) -> str:
-    """The shortest decimal that reads back as the same number."""
-    if kind != "f64":
-        import numpy as np
-
-        text = str(np.float32(value))
-    else:
-        text = repr(value)
-    return text if any(c in text for c in ".en") else f"{text}.0"
-
-
-def _parenthesised(text: str) -> str:
-    return f"({text})" if text.startswith("-") else text
 
 
 _MATH = {
     "exp": "st_exp({0})", "log": "st_log({0})", "tanh": "st_tanh({0})", "erf": "st_erf({0})", "sigmoid": "st_sigmoid({0})",
     "sin": "sinf({0})", "cos": "cosf({0})", "pow": "powf({0}, {1})", "sqrt": "vsqrt({0})", "rsqrt": "(1.0f / vsqrt({0}))",
-    "reciprocal": "(1.0f / {0})", "floor": "__builtin_floorf({0})", "ceil": "__builtin_ceilf({0})", "round": "__builtin_rintf({0})",
-    "exp:f64": "exp({0})", "log:f64": "log({0})", "tanh:f64": "tanh({0})", "erf:f64": "erf({0})",
-    "sigmoid:f64": "(1.0 / (1.0 + exp(-({0}))))", "sin:f64": "sin({0})", "cos:f64": "cos({0})", "pow:f64": "pow({0}, {1})",
-    "sqrt:f64": "sqrt({0})", "rsqrt:f64": "(1.0 / sqrt({0}))", "reciprocal:f64": "(1.0 / {0})", "floor:f64": "floor({0})",
-    "ceil:f64": "ceil({0})", "round:f64": "rint({0})",
-}  # fmt: skip
-ARITHMETIC = {
-    "neg": "(-{0})", "add": "({0} + {1})", "sub": "({0} - {1})", "mul": "({0} * {1})", "div": "({0} / {1})",
-    "eq": "({0} == {1})", "ne": "({0} != {1})", "lt": "({0} < {1})", "le": "({0} <= {1})", "gt": "({0} > {1})", "ge": "({0} >= {1})",
-    "logical_and": "({0} & {1})", "logical_or": "({0} | {1})", "logical_not": "(!{0})", "where": "({0} ? {1} : {2})",
-    "abs": "st_abs<{T}>({0})", "sign": "st_sign<{T}>({0})", "maximum": "st_max<{T}>({0}, {1})",
-    "minimum": "st_min<{T}>({0}, {1})", "floordiv": "st_floordiv<{T}>({0}, {1})", "mod": "st_mod<{T}>({0}, {1})",
+    "floor": "floorf({0})", "ceil": "ceilf({0})", "round": "rintf({0})",
 }  # fmt: skip
 _INTEGERS = {"i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t"}
 
@@ -227,7 +158,7 @@ CPU = Cpp(
     memory={"f64": "double", "f32": "float", "bf16": "bf16", "f16": "f16", "bool": "uint8_t", **_INTEGERS},
     value={"f64": "double", "f32": "float", "bf16": "float", "f16": "float", "bool": "bool", **_INTEGERS},
     index="int64_t",
-    functions=ARITHMETIC | _MATH,
+    functions=ARITHMETIC | DOUBLE | _MATH,
     reserved=RESERVED,
     preamble=PREAMBLE,
     independent="ST_INDEPENDENT",

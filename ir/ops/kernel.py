@@ -13,7 +13,7 @@ import numpy as np
 
 from stemma.ir.errors import TypeMismatch
 from stemma.ir.node import Op
-from stemma.ir.size import SizeLike, Size
+from stemma.ir.size import Size, SizeLike
 from stemma.ir.types import Tensor, Type, dtype
 
 REDUCTIONS = ("sum", "max", "min", "argmax")
@@ -122,8 +122,8 @@ class ReduceLoop(Op):
         axes = tuple(value.ndim - loop.ndim for loop in loops)
         if kind == "argmax":
             return np.argmax(value, axis=axes[0], keepdims=True)
-        function = {"sum": np.sum, "max": np.max, "min": np.min}[kind]
-        return function(value, axis=axes, keepdims=True).astype(value.dtype)
+        combine: Any = {"sum": np.sum, "max": np.max, "min": np.min}[kind]
+        return combine(value, axis=axes, keepdims=True).astype(value.dtype)
 
     def flops(self, *_: Any, **__: Any) -> SizeLike:
         return 1

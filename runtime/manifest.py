@@ -101,6 +101,9 @@ def parse_manifest(raw: Any) -> Manifest:
     limits = _get(raw, "limits", dict) if kind == "causal_lm" else {}
     eos = _get(raw, "eos", list) if kind == "causal_lm" else []
     bos = raw.get("bos")
+    context, rows = (_get(limits, key, int, "limits.") if kind == "causal_lm" else 0 for key in ("context", "rows"))
+    if kind == "causal_lm" and not (context > 0 and rows > 0):
+        raise ValueError(f"limits of {context} positions and {rows} rows let nothing run")
     if not all(type(token) is int for token in eos) or not (bos is None or type(bos) is int):
         raise ValueError("eos must be a list of token ids and bos a token id or null")
     return Manifest(
@@ -109,8 +112,8 @@ def parse_manifest(raw: Any) -> Manifest:
         name=_get(raw, "name", str),
         targets=_get(raw, "targets", dict),
         functions=functions,
-        context=_get(limits, "context", int, "limits.") if limits else 0,
-        rows=_get(limits, "rows", int, "limits.") if limits else 0,
+        context=context,
+        rows=rows,
         vocab=_get(raw, "vocab", int) if kind == "causal_lm" else 0,
         eos=tuple(eos),
         bos=bos,

@@ -9,18 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stemma.compiler import compile
     from stemma.ir.errors import StemmaError
     from stemma.runtime.errors import StemmaRuntimeError
     from stemma.runtime.model import Model, load
 
 __version__ = "0.1.0"
 _HOMES = {
+    "compile": "stemma.compiler",
     "load": "stemma.runtime.model",
     "Model": "stemma.runtime.model",
     "StemmaRuntimeError": "stemma.runtime.errors",
     "StemmaError": "stemma.ir.errors",
 }
-__all__ = ["Model", "StemmaError", "StemmaRuntimeError", "__version__", "load"]
+__all__ = ["Model", "StemmaError", "StemmaRuntimeError", "__version__", "compile", "load"]
 
 
 def __getattr__(name: str) -> Any:

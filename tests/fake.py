@@ -103,9 +103,10 @@ def members(kernels: bytes, text: bool = True, weights: bytes | None = None) -> 
     return [*found, ("weights.bin", Stream(len(data), iter([data[:4], data[4:]])))]
 
 
-def write(path: Path, *defines: str, text: bool = True, **changes: Any) -> Path:
-    """A fake artifact with these macros and these changes to its manifest."""
-    write_artifact(path, manifest(**changes), members(library(*defines), text))
+def write(path: Path, *defines: str, text: bool = True, weight: int = WEIGHT, **changes: Any) -> Path:
+    """A fake artifact with these macros and these changes to its manifest; with a negative weight, no token can be sampled."""
+    weights = np.array([weight, VOCAB], np.int32).tobytes()
+    write_artifact(path, manifest(**changes), members(library(*defines), text, weights))
     return path
 
 

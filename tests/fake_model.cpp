@@ -98,8 +98,8 @@ int64_t stemma_profile(void* model, double* nanoseconds, int64_t n) {
     return 2;
 }
 
-int32_t stemma_sample(void*, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length) {
-    if (length != (int64_t)p->position) return -1;
+int32_t stemma_sample(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length) {
+    if (length != (int64_t)p->position || ((Model*)model)->weights[0] < 0) return -1;
     float* scores = (float*)malloc(vocab * sizeof(float));
     memcpy(scores, logits, vocab * sizeof(float));
     if (p->repetition_penalty != 1.0f) {

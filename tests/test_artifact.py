@@ -220,6 +220,7 @@ BAD = {
     "bad size": Bad(edited(lambda m: m["functions"]["step"]["inputs"][0].update(shape=["__import__('os')"])), "size arithm"),
     "bad type": Bad(edited(lambda m: m["functions"]["step"]["inputs"][0].update(dtype="i7")), "unknown element type 'i7'"),
     "bad eos": Bad(edited(lambda m: m.update(eos=["</s>"])), "eos must be a list of token ids"),
+    "no context": Bad(edited(lambda m: m["limits"].update(context=0)), "limits of 0 positions"),
     "weights size": Bad(edited(lambda m: m["weights"].update(bytes=9)), "weights have 8 bytes where the manifest says 9"),
     "repacked": Bad(edited(lambda m: None), "not at a multiple of 4096"),
     "stray member": Bad(edited(lambda m: m["files"].pop("ir.txt")), "disagree about 'ir.txt'"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import stemma
 from stemma.backends.cpu import device
-from stemma.runtime import ArtifactError, DeviceError, InputError, Model, StemmaRuntimeError
+from stemma.runtime import ArtifactError, DeviceError, InputError, Model, StemmaRuntimeError, load
 from stemma.runtime.session import Slots
 from stemma.runtime.tokenizer import StopStrings, TextStream, Tokenizer
 from tests import fake
@@ -52,7 +52,7 @@ def test_importing_the_runtime_is_light() -> None:
 def test_the_package_says_its_version() -> None:
     pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     assert f'version = "{stemma.__version__}"' in pyproject
-    assert "load" in dir(stemma)
+    assert {"load", "compile"} <= set(dir(stemma)) and stemma.load is load
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         stemma.nothing  # noqa: B018
 
@@ -300,6 +300,32 @@ def test_bad_ids(model: Model, ids: Any, message: str) -> None:
         model.forward(ids)
     with pytest.raises(InputError, match="takes one input"):
         model.forward()
+
+
+@pytest.mark.quick
+def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
+    with stemma.load(fake.write(tmp_path / "nan.stemma", weight=-1)) as broken:
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="No token could be chosen at position 1: the logits are not finite"):
+                broken.generate_ids([3])
+
+
+@pytest.mark.quick
+def test_steps_that_may_compute_no_logits(tmp_path: Path) -> None:
+    """The compiler's steps take `outputs` from 0: a part of a long prompt then computes none."""
+    changed = fake.manifest()
+    changed["functions"]["step"]["dims"][1]["lo"] = 0
+    with stemma.load(fake.write(tmp_path / "none.stemma", functions=changed["functions"])) as loaded:
+        ids = list(range(40))
+        assert loaded.generate_ids(ids, max_new_tokens=9) == fake.greedy(ids, 9)
+
+
+@pytest.mark.quick
+def test_steps_that_this_runtime_cannot_drive(tmp_path: Path) -> None:
+    changed = fake.manifest()
+    changed["functions"]["step"]["inputs"][0]["name"] = "pixels"
+    with pytest.raises(ArtifactError, match="not one that this version of Stemma can drive \\(pixels\\)"):
+        stemma.load(fake.write(tmp_path / "other.stemma", functions=changed["functions"]))
 
 
 @pytest.mark.quick

@@ -99,6 +99,7 @@ def compile(
     from stemma.passes.manager import run_pipeline
     from stemma.passes.measure import Meter
     from stemma.passes.pipelines import pipeline
+    from stemma.passes.registry import find_pass
 
     started = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
@@ -108,7 +109,8 @@ def compile(
     checkpoint = load_checkpoint(source)
     report("tracing the model", 0, 1)
     module, weights = trace_checkpoint(checkpoint)
-    steps = pipeline(preset, passes, causal=module.properties["kind"] == "causal_lm", rows=rows)
+    added = [find_pass(specification) for specification in passes]
+    steps = pipeline(preset, added, causal=module.properties["kind"] == "causal_lm", rows=rows)
     notes = list(checkpoint.notes)
     documents: tuple[Array, ...] = ()
     if any(step.label == "lossy" for step in steps) and module.properties["kind"] == "causal_lm":
@@ -181,7 +183,7 @@ def explain_rule(name: str, model: str | Path, count: int = 5) -> list[dict[str,
     from stemma.ir import parse_module
     from stemma.passes.base import PassContext
     from stemma.passes.manager import run_pipeline
-    from stemma.passes.pipelines import pipeline
+    from stemma.passes.raising import RAISING
     from stemma.passes.registry import find_rules
     from stemma.passes.why import explain
 
@@ -191,8 +193,7 @@ def explain_rule(name: str, model: str | Path, count: int = 5) -> list[dict[str,
         module = parse_module(_read(path))
     else:
         module, weights = trace_checkpoint(path)
-        before = [p for p in pipeline("exact", (), causal=False, rows=1) if p.name != "fuse" and p.name != "join"]
-        module = run_pipeline(module, before, PassContext(weights=weights)).module
+        module = run_pipeline(module, RAISING, PassContext(weights=weights)).module
     found = [(rule.name, match) for rule in rules for match in explain(rule, module)]
     return [{"rule": rule, "text": str(match)} for rule, match in found[:count]]
 

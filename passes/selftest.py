@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from stemma.ir import Array, Function, Module, Node, PassError, Tensor, dtype, interpret, ops, size, stamp
+from stemma.ir import Function, Module, Node, PassError, Tensor, dtype, interpret, ops, size, stamp
 from stemma.ir.types import quantize_array
 from stemma.passes.pattern import Choices, choices
 from stemma.passes.rewrite import NoMatch, Rule
@@ -120,12 +120,15 @@ def make_inputs(function: Function, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def make_weights(module: Module) -> dict[str, Any]:
-    """Values for every weight of a module; bf16 and f16 weights hold representable values."""
-    return {n: make_array(n, t, {}) if dtype(t.dtype).bits != 16 else _short(n, t) for n, t in module.weights().items()}
+    """Values for every weight of a module: those of 16-bit types are representable, integers are 0 or 1."""
+    return {name: _weight(name, type) for name, type in module.weights().items()}
 
 
-def _short(name: str, type: Tensor) -> Array:
-    return np.asarray(make_array(name, type, {})).astype(np.float32).view(np.uint32).__and__(0xFFFF0000).view(np.float32)
+def _weight(name: str, type: Tensor) -> Any:
+    value, kind = make_array(name, type, {}), dtype(type.dtype)
+    if kind.kind == "float" and kind.bits == 16:
+        return np.round(value * 16) / 16  # few enough digits for either 16-bit type
+    return value % 2 if kind.kind == "int" else value
 
 
 def difference(before: Any, after: Any) -> float:

@@ -57,6 +57,8 @@ class Artifact:
 
     def read(self, name: str) -> bytes:
         """One member, its hash checked. ArtifactError when it is absent or damaged."""
+        if self._file.closed:
+            raise ArtifactError(f"{self.path} was closed. Load it again to use it.")
         if name not in self:
             raise ArtifactError(f"{self.path} has no member {name!r}. It is incomplete: compile the model again.")
         try:
@@ -82,8 +84,11 @@ class Artifact:
 
     def close(self) -> None:
         """Close the file. Weights already mapped stay valid while something refers to them."""
-        self._zip.close()
         self._file.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def __enter__(self) -> Artifact:
         return self

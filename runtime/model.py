@@ -38,7 +38,8 @@ def load(
     copies them into huge pages first, which takes as long as reading them once and as much memory. StemmaRuntimeError (one
     paragraph: what is wrong with which file, and the cure) when that is not possible.
     """
-    with Artifact(path) as artifact:
+    artifact = Artifact(path)
+    try:
         targets = artifact.manifest.targets
         if target != "cpu" or target not in targets:
             raise ArtifactError(
@@ -52,16 +53,21 @@ def load(
         weights = copy_weights(artifact.weights) if huge_pages else artifact.weights
         device = Device(kernels, weights, variant=variant, threads=threads, source=str(artifact.path))
         return Model(artifact, device)
+    except BaseException:
+        artifact.close()
+        raise
 
 
 class Model:
-    """A model ready to run, made by `load`. Safe to use from several threads: native calls take turns."""
+    """A model ready to run, made by `load`. Safe to use from several threads: native calls take turns.
+
+    `artifact` stays open, so tokenizer and checks are those of the file that was loaded, also when its name was given to another.
+    """
 
     def __init__(self, artifact: Artifact, device: Device) -> None:
-        self.path, self.manifest, self.device = artifact.path, artifact.manifest, device
+        self.artifact, self.path, self.manifest, self.device = artifact, artifact.path, artifact.manifest, device
         self.last_statistics = Statistics()
         self._tokenizer: Tokenizer | None = None
-        self._members = set(artifact.names())
         if self.kind == "causal_lm":
             self._step = Step(device, self.manifest)
         else:
@@ -99,13 +105,13 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, read when first used. ArtifactError when the artifact has none."""
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self._read, self._members.__contains__, str(self.path))
+            self._tokenizer = Tokenizer(self.artifact.read, self.artifact.__contains__, str(self.path))
         return self._tokenizer
 
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can be used."""
-        return "tokenizer.json" in self._members and self.tokenizer.has_chat_template
+        return "tokenizer.json" in self.artifact and self.tokenizer.has_chat_template
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """The prompt for a conversation, as token ids for `generate` and `stream` (the template's text has its own first token).
@@ -114,14 +120,9 @@ class Model:
         """
         return self.tokenizer.encode(self.tokenizer.chat(messages, **variables), special=False)
 
-    def _read(self, name: str) -> bytes:
-        with Artifact(self.path) as artifact:
-            return artifact.read(name)
-
     def check(self) -> int:
         """Hash every member of the file, weights included; returns their bytes. ArtifactError when one differs."""
-        with Artifact(self.path) as artifact:
-            return sum(size for _, size in artifact.check())
+        return sum(size for _, size in self.artifact.check())
 
     def forward(self, *inputs: ArrayLike, **named: ArrayLike) -> Any:
         """The model's plain function.
@@ -286,8 +287,9 @@ class Model:
             raise StemmaRuntimeError(f"{self.manifest.name} is not a causal language model; it has `forward` only.")
 
     def close(self) -> None:
-        """Stop the threads and release the memory. Later use raises DeviceError."""
+        """Stop the threads and release the memory. Later use raises StemmaRuntimeError."""
         self.device.close()
+        self.artifact.close()
 
     def __enter__(self) -> Model:
         return self

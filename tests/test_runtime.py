@@ -7,13 +7,11 @@ import subprocess
 import sys
 import threading
 import zipfile
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +19,6 @@ import stemma
 from stemma.backends.cpu import device
 from stemma.runtime import ArtifactError, DeviceError, InputError, Model, StemmaRuntimeError, load
 from stemma.runtime.session import Slots
-from stemma.runtime.tokenizer import StopStrings, TextStream, Tokenizer
 from tests import fake
 
 PROMPTS = [[0, 7, 9], [3], list(range(20, 45)), [5, 5, 5, 5, 5, 5, 5, 5, 5], [11, 200]]
@@ -163,58 +160,6 @@ def test_stop_strings(model: Model) -> None:
         assert model.last_statistics.finish == ["stop"]
         ids = model.generate_ids([3], stop=stop, **SAMPLED)
         assert ids == model.generate_ids([3], **SAMPLED)[: len(ids)] and stop in model.tokenizer.decode(ids)
-
-
-@given(st.text(max_size=30), st.lists(st.integers(1, 5), max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_stop_strings_cut_the_same_however_the_text_comes(text: str, sizes: list[int], stops: list[str]) -> None:
-    text = "".join("ab"[ord(c) % 2] for c in text)
-    filter, shown, rest = StopStrings(stops), "", text
-    for size in sizes:
-        shown, rest = shown + filter.push(rest[:size]), rest[size:]
-        if filter.found:
-            break
-    if not filter.found:
-        shown += filter.push(rest)
-    shown += filter.flush()
-    # The earliest stop string to be complete decides; of those complete in one piece, the one that begins first.
-    if filter.found:
-        assert any(text.startswith(shown + stop) for stop in stops)
-    else:
-        assert shown == text and not any(stop in text for stop in stops)
-
-
-@given(st.text(max_size=20), st.text(max_size=20))
-def test_pieces_of_text_are_whole_characters(prompt: str, text: str) -> None:
-    tokenizer = _tokenizer()
-    ids = tokenizer.encode(text, special=False)
-    stream = TextStream(tokenizer, tokenizer.encode(prompt))
-    pieces = [stream.push(token) for token in ids] + [stream.flush()]
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-
-
-@given(st.lists(st.integers(0, fake.VOCAB - 1), max_size=20))
-def test_pieces_of_any_tokens_add_up(ids: list[int]) -> None:
-    """Also when the bytes are no valid text."""
-    stream = TextStream(_tokenizer(), [])
-    assert "".join([*map(stream.push, ids), stream.flush()]) == _tokenizer().decode(ids)
-
-
-@lru_cache
-def _tokenizer() -> Tokenizer:
-    data = fake.tokenizer().to_str().encode()
-    return Tokenizer(lambda _: data, lambda name: name == "tokenizer.json", "test")
-
-
-@pytest.mark.quick
-def test_a_space_before_a_word_is_kept_by_decoders_that_look_back() -> None:
-    """Metaspace decoders (Llama 2) drop the space of the first token; the prompt must be seen."""
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁cat": 1, "s": 2, "<unk>": 3}, unk_token="<unk>"))
-    made.decoder = tokenizers.decoders.Metaspace()
-    tokenizer = Tokenizer(lambda _: made.to_str().encode(), lambda name: name == "tokenizer.json", "test")
-    stream = TextStream(tokenizer, [0])
-    assert [stream.push(t) for t in (1, 2, 0)] == [" cat", "s", " a"]
-    assert [TextStream(tokenizer, []).push(1)] == ["cat"]
 
 
 @pytest.mark.quick
@@ -447,8 +392,21 @@ def test_a_closed_model_says_so(path: Path) -> None:
     assert repr(loaded).startswith("<stemma.Model fake (causal_lm), portable")
     loaded.close()
     loaded.close()
-    with pytest.raises(DeviceError, match="was closed. Load it again"):
-        loaded.generate_ids([3])
+    for use in (lambda: loaded.generate_ids([3]), lambda: loaded.generate("text"), loaded.check):
+        with pytest.raises(StemmaRuntimeError, match="was closed. Load it again"):
+            use()
+
+
+@pytest.mark.quick
+def test_a_model_outlives_the_name_of_its_file(tmp_path: Path) -> None:
+    path = fake.write(tmp_path / "model.stemma")
+    with stemma.load(path) as loaded:
+        expected = loaded.generate([3], max_new_tokens=9)
+        fake.write(path, text=False, weight=77)
+        loaded._tokenizer = None
+        assert loaded.generate([3], max_new_tokens=9) == expected and loaded.check()
+        path.unlink()
+        assert loaded.generate([3], max_new_tokens=9) == expected
 
 
 @pytest.mark.quick

@@ -9,18 +9,7 @@ from typing import Any
 import torch
 
 from stemma.frontend.aten import (
-    Call,
-    Number,
-    Unsupported,
-    axes,
-    axis,
-    constant,
-    lower,
-    mean_scale,
-    part,
-    reshape,
-    to,
-    transpose,
+    Call, Number, Unsupported, axes, axis, constant, filled, lower, mean_scale, part, reshape, to, transpose,
 )  # fmt: skip
 from stemma.frontend.aten_elementwise import absolute
 from stemma.ir import Node, SizeLike, ops, size
@@ -217,7 +206,12 @@ def batch_norm(
     scale = scale if weight is None else scale * weight
     shift = -(mean * scale) if bias is None else bias - mean * scale
     y = x * _per_channel(scale, x.tensor.rank) + _per_channel(shift, x.tensor.rank)
-    return y if call.name == "aten.batch_norm.default" else [y, *(constant(0, r.dtype) for r in call.results[1:])]
+    return y if call.name == "aten.batch_norm.default" else [y, *_unused(call)]
+
+
+def _unused(call: Call) -> list[Node]:
+    """Zeros for the results after the first: statistics, which only training reads."""
+    return [filled(0, result) for result in call.results[1:]]
 
 
 def _norm_inputs(x: Node, shape: Ints, *parameters: Node | None) -> tuple[Node, list[Node | None]]:
@@ -238,7 +232,7 @@ def layer_norm(
         y = reshape(ops.layer_norm(rows, eps=eps) + shift, x.shape)
     else:
         y = reshape(ops.layer_norm(rows, scale, shift, eps=eps), x.shape)
-    return y if call.name == "aten.layer_norm.default" else [y, *(constant(0, r.dtype) for r in call.results[1:])]
+    return y if call.name == "aten.layer_norm.default" else [y, *_unused(call)]
 
 
 @lower("aten.rms_norm.default")

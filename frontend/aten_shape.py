@@ -6,22 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from stemma.frontend.aten import (
-    Call,
-    Number,
-    Unsupported,
-    Value,
-    axes,
-    axis,
-    broadcast,
-    clamp_bound,
-    constant,
-    filled,
-    lower,
-    node,
-    part,
-    reshape,
-    to,
-    transpose,
+    Call, Number, Unsupported, Value, axes, axis, broadcast, clamp_bound, constant, filled, lower, node, part,
+    reshape, to, transpose,
 )  # fmt: skip
 from stemma.ir import Node, SizeLike, ops, size
 from stemma.ir.types import dtype

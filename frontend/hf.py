@@ -143,14 +143,16 @@ def trace_checkpoint(
     with _quiet():
         model = _hollow_model(checkpoint)
         stored = _map_weights(model, checkpoint)
-        example, dims = _example(model, checkpoint, tuple(inputs or (model.main_input_name,)), context)
+        limit = min(filter(None, (context, checkpoint.context)), default=size.UNBOUNDED)
+        _fix_rope(model, limit)
+        example, dims = _example(checkpoint, tuple(inputs or (model.main_input_name,)), limit)
         with _one_sequence_per_row("position_ids" in example):
             module, store = trace(model, (), example, dims=dims, stored=stored)
     forward = module["forward"]
     properties = {
         "kind": checkpoint.kind, "name": checkpoint.folder.resolve().name, "architecture": checkpoint.architecture,
         "vocab": getattr(checkpoint.config.get_text_config(), "vocab_size", None),
-        "context": min(filter(None, (context, checkpoint.context)), default=None), "eos": checkpoint.eos,
+        "context": None if limit == size.UNBOUNDED else limit, "eos": checkpoint.eos,
         "bos": checkpoint.bos, "inputs": tuple(p.attrs["name"] for p in forward.params), "results": forward.result_names,
     }  # fmt: skip
     return Module([forward], properties), store
@@ -236,6 +238,26 @@ def _hollow(param: torch.nn.Parameter) -> torch.nn.Parameter:
     return empty
 
 
+def _fix_rope(model: Any, limit: int) -> None:
+    """Rope scalings that choose their frequencies by the sequence's length keep their first choice, which holds up to `limit`."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for key, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind not in ("dynamic", "longrope"):
+                continue
+            settings = module.config.rope_parameters if key is None else module.config.rope_parameters[key]
+            last = settings.get("original_max_position_embeddings") if kind == "longrope" else module.max_seq_len_cached
+            if last is None or limit > last:
+                raise UnsupportedError(
+                    f"The rope scaling {kind!r} of this model changes its frequencies once a sequence passes {last} positions, "
+                    f"which is not supported now. Give a context of at most {last}, or use another scaling in config.json."
+                )
+            if isinstance(kinds, dict):
+                kinds[key] = "default"
+            else:
+                module.rope_type = "default"
+
+
 def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
     """The stored tensor of every parameter and persistent buffer, by its (first) name in the model."""
     expected: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
@@ -318,10 +340,9 @@ def _check(entry: Entry, name: str, tensor: torch.Tensor, checkpoint: Checkpoint
 
 
 def _example(
-    model: Any, checkpoint: Checkpoint, inputs: tuple[str, ...], context: int | None
+    checkpoint: Checkpoint, inputs: tuple[str, ...], limit: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, Size]]]:
     """Example arguments of forward, and their symbolic axes."""
-    limit = min(filter(None, (context, checkpoint.context)), default=size.UNBOUNDED)
     batch, tokens = dim("batch"), dim("tokens", 1, limit)
     example: dict[str, torch.Tensor] = {}
     dims: dict[str, dict[int, Size]] = {}

@@ -6,8 +6,11 @@ without a lowering, or one that writes in place, is it first decomposed and made
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
+import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -83,8 +86,7 @@ def _export(
             torch_dims.setdefault(each, torch.export.Dim(d.name, min=d.lo, max=hi))
     dynamic = {n: {i: torch_dims[s] for i, s in dims[n].items()} if n in dims else None for n in names}
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # torch raises many kinds here, its own and the model's
         reason = " ".join(str(error).split())[:600]
@@ -97,6 +99,19 @@ def _export(
         for i, each in dims.get(node.name, {}).items() if node.op == "placeholder" else ():
             symbols[str(node.meta["val"].shape[i].node.expr)] = each
     return program, symbols
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings, and without the graph that it logs when an export fails."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _graphs(module: torch.fx.GraphModule) -> Iterator[torch.fx.Graph]:
@@ -120,8 +135,7 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
     for operator in list(table):
         if str(operator) in LOWERINGS:
             table.pop(operator)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         functional: ExportedProgram = program.run_decompositions(table)
     return functional
 
@@ -132,8 +146,8 @@ def _inputs(
 ) -> tuple[list[Any], list[Node]]:  # fmt: skip
     """A node for every placeholder of the graph, and those that are parameters of the function."""
     first: dict[int, str] = {}
-    for name, tensor in originals.items():
-        first.setdefault(id(tensor), name)
+    for name, original in originals.items():
+        first.setdefault(id(original), name)
     inputs: list[Any] = []
     params: list[Node] = []
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]

@@ -99,7 +99,7 @@ def compile(
     from stemma.passes.manager import run_pipeline
     from stemma.passes.measure import Meter
     from stemma.passes.pipelines import pipeline
-    from stemma.passes.registry import find_pass
+    from stemma.passes.registry import make_pass
 
     started = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
@@ -109,7 +109,7 @@ def compile(
     checkpoint = load_checkpoint(source)
     report("tracing the model", 0, 1)
     module, weights = trace_checkpoint(checkpoint)
-    added = [find_pass(specification) for specification in passes]
+    added = [make_pass(specification) for specification in passes]
     steps = pipeline(preset, added, causal=module.properties["kind"] == "causal_lm", rows=rows)
     notes = list(checkpoint.notes)
     documents: tuple[Array, ...] = ()
@@ -131,7 +131,7 @@ def compile(
     )  # fmt: skip
     losses = [r.loss for r in result.records if r.loss]
     built = build(
-        result.module, weights, output, targets=targets, variants=variants, extra_files=checkpoint.files,
+        result.module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
         manifest_extra={
             "passes": [r.as_json() for r in result.records],
             "loss": losses[-1] if losses else None,

@@ -34,7 +34,7 @@ END_OF_TEXT, END_ID = "<|endoftext|>", 0
 BATCH_TOKENS = 2048
 MAX_CONTEXT = 1024
 # Windows are short at first (cheaper attention) and of the full length at the end.
-SHORT_CONTEXT, SHORT_CONTEXT_UNTIL = 256, 0.65
+SHORT_CONTEXT, SHORT_CONTEXT_UNTIL = 256, 0.8
 # Share of library code in a batch; the rest is the library's own tests, more in volume but more monotonous.
 LIBRARY_SHARE = 0.6
 CHECKPOINT_SECONDS = 240.0
@@ -220,7 +220,7 @@ def train(name: str, minutes: float, work: Path, folder: Path) -> None:
     opts = optimizers(model)
     peaks = [opt.param_groups[0]["lr"] for opt in opts]
     parts = {part: torch.from_numpy(np.load(work / f"{part}.npy").astype(np.int64)) for part in ("library", "tests")}
-    step, earlier = 0, 0.0
+    step, first, earlier = 0, 0, 0.0
     checkpoint = work / f"{name}.pt"
     if checkpoint.exists():
         saved: dict[str, Any] = torch.load(checkpoint)
@@ -228,6 +228,7 @@ def train(name: str, minutes: float, work: Path, folder: Path) -> None:
         for opt, state in zip(opts, saved["optimizers"], strict=True):
             opt.load_state_dict(state)
         step, earlier = saved["step"], saved["seconds"]
+        first = step
     print(f"{name}: {sum(p.numel() for p in model.parameters())} parameters, from step {step}", flush=True)
 
     @torch.compile(dynamic=False)
@@ -251,7 +252,7 @@ def train(name: str, minutes: float, work: Path, folder: Path) -> None:
             opt.step()
             opt.zero_grad()
         step += 1
-        average += (loss.item() - average) * max(0.02, 1.0 / step)
+        average += (loss.item() - average) * max(0.02, 1.0 / (step - first))
         now = time.monotonic()
         if step % 20 == 0:
             seconds = earlier + now - started

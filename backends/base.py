@@ -42,7 +42,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a kernel call: input or output number `value`, a size, an array of sizes, or scratch memory of `value` bytes."""
+    """One argument of a kernel call: input or output number `value`, a size, an array of sizes, or scratch of `value` bytes."""
 
     kind: Literal["input", "output", "size", "sizes", "scratch"]
     value: Any

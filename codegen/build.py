@@ -68,15 +68,15 @@ def build(
     *,
     targets: Sequence[str] = ("cpu",),
     variants: Sequence[str] | None = None,
-    extra_files: Mapping[str, bytes | Path] | None = None,
+    extra_files: Mapping[str, bytes | Path] | Sequence[Path] = (),
     manifest_extra: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Write the artifact `output`: kernels for each target, packed weights, final IR, manifest.
 
     variants: instruction sets of the CPU library ("native": the best of this machine); default all. extra_files: further members,
-    as bytes or as files to copy. manifest_extra: entries to add to the manifest (passes, loss, source, ...). The library is
-    compiled while weights are packed. Raises CompileError and CheckpointError; `output` is then left as it was.
+    as bytes or as files to copy (a list of files keeps their names). manifest_extra: entries to add to the manifest, such as
+    passes, loss, source. The library is compiled while weights are packed. Raises CompileError and CheckpointError; `output` is then left as it was.
     """
     report = progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
@@ -84,6 +84,7 @@ def build(
     backend = _target(targets)
     report("generating code", 0, 1)
     made = program(module, backend, f"{module.properties.get('name', Path(output).stem)}")
+    extra = extra_files if isinstance(extra_files, Mapping) else {path.name: path for path in extra_files}
     seconds["generate"] = time.perf_counter() - started
     manifest = _manifest(module, made, Path(output).stem, manifest_extra or {})
     toolchain = backend.toolchain
@@ -91,7 +92,7 @@ def build(
         raise CompileError(f"The backend {backend.name} builds no library, so no artifact can be written for it.")
     with tempfile.TemporaryDirectory(prefix="stemma-") as folder, ThreadPoolExecutor(1) as background:
         library = background.submit(toolchain.build, made.source, variants or (), Path(folder) / "kernels.so")
-        members = _members(module, weights, made, library, manifest, extra_files or {}, report, seconds)
+        members = _members(module, weights, made, library, manifest, extra, report, seconds)
         write_artifact(output, manifest, members)
         built = library.result()
     seconds["total"] = time.perf_counter() - started

@@ -76,7 +76,8 @@ def _function(schedule: Schedule, offsets: Sequence[int]) -> dict[str, Any]:
             body.append(f"team.barrier();  // ---- stage {launch.stage}")
             stage = launch.stage
         body += _launch(i, launch, schedule, offsets)
-    notes = [f"buffer {a.index}: {a.name} {a.tensor!r}{' (state)' if a.name in schedule.states else ''}" for a in schedule.arguments]
+    states = schedule.states
+    notes = [f"buffer {a.index}: {a.name} {a.tensor!r}{' (state)' * (a.name in states)}" for a in schedule.arguments]
     return {
         "name": schedule.function.name, "dims": [d.name for d in schedule.dims], "low": [d.lo for d in schedule.dims],
         "high": [d.hi for d in schedule.dims], "sizes": sizes, "total": total, "body": body, "launches": len(schedule.launches),

@@ -11,6 +11,7 @@ import numpy as np
 
 from stemma.backends import registry
 from stemma.backends.base import Executable
+from stemma.backends.cpu.device import Device, Launch, allocate
 from stemma.codegen import pack
 from stemma.codegen.build import Program, program
 from stemma.codegen.schedule import Schedule
@@ -36,8 +37,6 @@ class Native:
     def __init__(self, made: Program, weights: WeightStore, variants: Sequence[str], threads: int) -> None:
         if made.backend.toolchain is None or made.backend.device is None:
             raise CompileError(f"The backend {made.backend.name} renders kernels and runs none.")
-        from stemma.backends.cpu.device import Device, allocate
-
         self.program = made
         blob = allocate(max(made.layout.total, 64))
         end = 0
@@ -63,7 +62,9 @@ class Native:
         times: Array = launch.profile()
         return times
 
-    def _prepare(self, function: str, inputs: Mapping[str, Array], sizes: Mapping[str, int]) -> tuple[Schedule, Any, dict[str, Array]]:
+    def _prepare(
+        self, function: str, inputs: Mapping[str, Array], sizes: Mapping[str, int]
+    ) -> tuple[Schedule, Launch, dict[str, Array]]:
         names = [s.function.name for s in self.program.schedules]
         schedule = self.program.schedules[names.index(function)]
         tensors = {a.name: a.tensor for a in schedule.arguments}

@@ -6,12 +6,12 @@ kernels of different layers are the same object.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from stemma.backends.base import Backend, Claim, Inputs, Refusal
 from stemma.codegen.generate import Generated, generate
-from stemma.ir import CompileError, Function, Node, constant_nodes, ops, stamp
+from stemma.ir import CompileError, Function, Node, Tuple, constant_nodes, ops, stamp
 
 SCALARS = ("constant", "size_value")
 ROUNDS = 64
@@ -28,7 +28,7 @@ def is_alias(node: Node) -> bool:
     return name == "broadcast_to" and node.inputs[0].tensor.elements == node.tensor.elements
 
 
-def is_launch(node: Node, constant: set[Node]) -> bool:
+def is_launch(node: Node, constant: Container[Node]) -> bool:
     """Whether the node computes something: not a leaf, a constant expression, a view, or the choice of a result."""
     return not (node in constant or node.op.name in ("param", "get", *SCALARS) or is_alias(node))
 
@@ -89,7 +89,7 @@ class Offers:
     panels: set[Node] = field(default_factory=set)
     _generated: dict[Function, Generated | Refusal] = field(default_factory=dict)
 
-    def find(self, node: Node, constant: set[Node]) -> Claim | Generated | Refusal:
+    def find(self, node: Node, constant: Container[Node]) -> Claim | Generated | Refusal:
         """A way to run the node as one kernel, or why there is none."""
         body, inputs = kernel_body(node)
         known = Inputs(
@@ -112,7 +112,7 @@ def legalize(functions: tuple[Function, ...], offers: Offers) -> tuple[Function,
     for _ in range(ROUNDS):
         offers.panels = set().union(*(_linear_weights(f) for f in functions))
         failed: dict[str, str] = {}
-        new = tuple(f.rewrite(_step(offers, constant_nodes(f), failed)) for f in functions)
+        new = tuple(f.rewrite(_step(offers, _Constants(constant_nodes(f)), failed)) for f in functions)
         if failed:
             listed = "; ".join(f"{what}: {reason}" for what, reason in failed.items())
             raise CompileError(
@@ -139,15 +139,30 @@ def _linear_weights(function: Function) -> set[Node]:
     return found & constant
 
 
-def _step(offers: Offers, constant: set[Node], failed: dict[str, str]) -> Callable[[Node, tuple[Node, ...]], Node]:
+class _Constants:
+    """The constant expressions among nodes that come into being while a function is rewritten."""
+
+    def __init__(self, known: set[Node]) -> None:
+        self._memo = dict.fromkeys(known, True)
+
+    def __contains__(self, node: object) -> bool:
+        assert isinstance(node, Node)
+        if node not in self._memo:
+            types = node.type.items if isinstance(node.type, Tuple) else (node.type,)
+            fixed = node.op.name not in ("param", "size_value", "iota") and all(isinstance(s, int) for t in types for s in t.shape)
+            self._memo[node] = fixed and all(i in self for i in node.inputs)
+        return self._memo[node]
+
+
+def _step(offers: Offers, constant: Container[Node], failed: dict[str, str]) -> Callable[[Node, tuple[Node, ...]], Node]:
     opened: dict[Node, tuple[Node, ...]] = {}  # regions with several results that no backend runs whole
 
     def replace(node: Node, inputs: tuple[Node, ...]) -> Node:
         if node.op.name == "get" and node.inputs[0] in opened:
-            return opened[node.inputs[0]][node.attrs["index"]]
-        same = node.rebuild(*inputs)
-        if same is not node or not is_launch(node, constant):
-            return same  # changed inputs: asked again in the next round
+            return opened[node.inputs[0]][int(node.attrs["index"])]
+        node = node.rebuild(*inputs)
+        if not is_launch(node, constant):
+            return node
         with stamp(line=node.origin.line, by=node.origin.by or f"decompose {node.op.name}"):
             better = offers.backend.legalize(node)
             if better is not None:

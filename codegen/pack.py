@@ -59,7 +59,7 @@ def stream(
                 done = offset
             written = 0
             for chunk in _chunks(packed, store, pool):
-                view = memoryview(chunk).cast("B")
+                view = memoryview(chunk.data).cast("B")
                 written += len(view)
                 yield view
                 if progress:
@@ -215,7 +215,7 @@ class Rows:
         if isinstance(parts[0], Quantized):
             codes, scales = (np.concatenate([getattr(p, a) for p in parts]) for a in ("codes", "scales"))
             return Quantized(node.dtype, codes, scales)
-        if any(p.dtype == np.uint16 for p in parts) and any(p.dtype != np.uint16 for p in parts) and dtype(node.dtype).kind == "float":
+        if dtype(node.dtype).kind == "float" and len({p.dtype == np.uint16 for p in parts}) > 1:
             parts = [widen_bf16(p) if p.dtype == np.uint16 else p for p in parts]
         return np.concatenate(parts)
 

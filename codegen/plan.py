@@ -72,7 +72,8 @@ def plan(lifetimes: Sequence[Lifetime]) -> Plan:
 
 def _choose(needed: SizeLike, free: Iterable[int], slots: Sequence[SizeLike]) -> int | None:
     """The free slot that wastes least: a slot of equal size, else the smallest that is provably large enough, else the largest."""
-    fitting, others = [], []
+    fitting: list[int] = []
+    others: list[int] = []
     for i in free:
         if slots[i] == needed:
             return i

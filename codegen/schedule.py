@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from stemma.backends.base import Argument, Claim, Kernel, Refusal
 from stemma.codegen import lower
@@ -251,9 +251,9 @@ class _Builder:
             written: dict[str, Version] = {}
             for name in kernel.outputs:
                 if name in kernel.alias:
-                    source = kernel.alias[name]
-                    made = self._overwrite(node, numbers.get(name, 0), outer.get(source, local.get(source)), launch)
-                    where[source] = made.buffer
+                    target = kernel.alias[name]
+                    made = self._overwrite(node, numbers.get(name, 0), outer.get(target) or local[target], launch)
+                    where[target] = made.buffer
                 elif name in local:  # a second kernel goes on with what the first has written
                     made = Version(local[name].buffer, follows=local[name])
                 elif name in kernel.temporaries:
@@ -266,8 +266,7 @@ class _Builder:
                 written[name] = made
             for name in kernel.inputs:
                 if name not in where:
-                    source = outer.get(name, local.get(name))
-                    where[name] = self._read(source, launch).buffer
+                    where[name] = self._read(outer.get(name) or local[name], launch).buffer
             updated = kernel.alias.values()
             launch.arguments = [
                 (Argument("output" if name in updated else "input", i), where[name]) for i, name in enumerate(kernel.inputs)
@@ -282,7 +281,7 @@ class _Builder:
         for name, i in numbers.items():
             self.values[node, i] = local[name]
 
-    def _overwrite(self, node: Node, index: int, source: Node | Version | None, launch: Launch) -> Version:
+    def _overwrite(self, node: Node, index: int, source: Node | Version, launch: Launch) -> Version:
         """The next version of the source's buffer; of a copy, when others still need the old contents or may not lose them."""
         old = self._read(source, launch)
         free = old.buffer.kind == "arena" or (node in self.chain and old.buffer.name in self.states)
@@ -311,10 +310,9 @@ class _Builder:
         self.temporaries += 1
         return Buffer("arena", f"t{self.temporaries - 1}", tensor, count)
 
-    def _read(self, node: Node | Version | None, launch: Launch, layout: str = ROWS) -> Version:
+    def _read(self, node: Node | Version, launch: Launch, layout: str = ROWS) -> Version:
         if isinstance(node, Node) and node in self.constant:
             return Version(self.weights.buffer(node, layout))
-        assert node is not None
         version = self.values[self.root(node)] if isinstance(node, Node) else node
         if version not in launch.reads:
             launch.reads.append(version)
@@ -325,7 +323,8 @@ class _Builder:
         self, argument: Argument, offer: Claim, inputs: Sequence[Node], outputs: Sequence[Version], launch: Launch
     ) -> Buffer | None:
         if argument.kind == "output":
-            return outputs[argument.value].buffer
+            made: Version = outputs[argument.value]
+            return made.buffer
         if argument.kind == "input":
             if argument.value in {b for _, b in offer.inplace}:
                 return next(outputs[a].buffer for a, b in offer.inplace if b == argument.value)
@@ -347,9 +346,8 @@ class _Builder:
             value = self.values[self.root(node)]
             if value.buffer is target:
                 continue
-            state = name in self.states
-            old = next((v for (n, _), v in self.values.items() if state and n.attrs.get("name") == name and n.op.name == "param"), None)
-            self._copy(value, target, follows=old)
+            param = next((p for p in self.function.params if p.attrs["name"] == name), None)
+            self._copy(value, target, follows=None if param is None else self.values[param, 0])
 
 
 def _types(node: Node) -> tuple[Tensor, ...]:
@@ -438,4 +436,4 @@ def _lifetimes(order: Sequence[Launch]) -> list[Lifetime]:
     return [Lifetime(b.name, b.bytes, first[b], last[b]) for b in first]
 
 
-__all__ = ["Any", "Buffer", "Launch", "Packed", "Schedule", "Version", "Weights", "schedule", "state_names"]
+__all__ = ["Buffer", "Launch", "Packed", "Schedule", "Version", "Weights", "schedule", "state_names"]

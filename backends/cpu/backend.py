@@ -41,17 +41,17 @@ class CpuBackend(Backend):
         """The same value in a form that a template takes: i32 ids, f32 copies of f16 weights, masks as additive f32."""
         name = node.op.name
         if name == "embedding" and node.inputs[1].dtype != "i32":
-            return ops.embedding(node.inputs[0], ops.cast(node.inputs[1], dtype="i32"))  # type: ignore[no-any-return]
+            return ops.embedding(node.inputs[0], ops.cast(node.inputs[1], dtype="i32"))
         if name in ("embedding", "linear"):
             at = 0 if name == "embedding" else 1
             if node.inputs[at].dtype in ("f16", "f64"):
                 parts = list(node.inputs)
                 parts[at] = ops.cast(parts[at], dtype="f32")
-                return node.op(*parts, **node.attrs)  # type: ignore[no-any-return]
+                return node.op(*parts, **node.attrs)
         if name == "attention" and len(node.inputs) > 3 and node.inputs[3].dtype == "bool":
             low = ops.constant(value=float("-inf"), dtype="f32")
             mask = ops.where(node.inputs[3], ops.constant(value=0.0, dtype="f32"), low)
-            return node.op(*node.inputs[:3], mask, **node.attrs)  # type: ignore[no-any-return]
+            return node.op(*node.inputs[:3], mask, **node.attrs)
         return None
 
     def render(self, kernel: Kernel) -> str:
@@ -67,8 +67,8 @@ class CpuBackend(Backend):
     def layout_bytes(self, layout: str, tensor: Tensor) -> int:
         """Bytes of a packed weight: panels of 64 outputs ("panel", "pair") or plain rows ("rows")."""
         if layout in ("panel", "pair"):
-            outputs, columns = tensor.shape
-            return int(linear_bytes(outputs, columns, tensor.dtype))
+            outputs, columns = map(int, tensor.shape)  # type: ignore[arg-type]
+            return linear_bytes(outputs, columns, tensor.dtype)
         if layout == "rows" and isinstance(tensor.bytes, int):
             return tensor.bytes
         raise CompileError(f"The backend cpu has no weight layout {layout!r} for {tensor!r}.")

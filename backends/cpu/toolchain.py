@@ -26,7 +26,10 @@ from pathlib import Path
 from stemma.backends.base import Built
 from stemma.ir import CompileError
 
-FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
+FLAGS = (
+    "-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-w",
+    "-pthread",
+)  # fmt: skip
 CURES = (
     "Install one (Debian or Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install; any machine with "
     "pip: pip install ziglang), or name one in the environment variable CXX."

@@ -69,8 +69,10 @@ class Context:
         return tuple(values[r] for r in function.results)
 
 
-def bind_sizes(types: Sequence[Type], shapes: Sequence[tuple[int, ...]], names: Sequence[str]) -> dict[str, int]:
-    """Values of the dimensions from concrete shapes; StemmaError naming the input that does not fit."""
+def bind_sizes(
+    types: Sequence[Type], shapes: Sequence[tuple[int, ...]], names: Sequence[str], known: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Values of the dimensions from concrete shapes (and those `known`); StemmaError naming the input that does not fit."""
     values: dict[str, int] = {}
     composite: list[tuple[SizeLike, int, str]] = []
     for type, shape, name in zip(types, shapes, names, strict=True):
@@ -87,7 +89,7 @@ def bind_sizes(types: Sequence[Type], shapes: Sequence[tuple[int, ...]], names: 
             else:
                 composite.append((expected, actual, name))
     for expected, actual, name in composite:
-        if size.evaluate(expected, values) != actual:
+        if size.evaluate(expected, {**(known or {}), **values}) != actual:
             raise StemmaError(f"The input {name!r} has the size {actual} where {expected} is expected.")
     return values
 
@@ -116,7 +118,7 @@ def interpret(
     source = weights.__getitem__ if isinstance(weights, Mapping) else weights
     context = Context(source, float_type)
     values = [given[n] if isinstance(given[n], Quantized) else np.asarray(given[n]) for n in names]
-    context.sizes = dict(sizes or {}) | bind_sizes([p.type for p in function.params], [v.shape for v in values], names)
+    context.sizes = dict(sizes or {}) | bind_sizes([p.type for p in function.params], [v.shape for v in values], names, sizes)
     arguments = []
     for parameter, value in zip(function.params, values, strict=True):
         if not isinstance(value, Quantized):

@@ -15,7 +15,8 @@ from rich.table import Table
 
 P = ParamSpec("P")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-console = Console(highlight=False, soft_wrap=True)
+PIPE_WIDTH = 160  # columns of tables that no terminal bounds
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 

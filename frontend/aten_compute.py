@@ -9,7 +9,19 @@ from typing import Any
 import torch
 
 from stemma.frontend.aten import (
-    Call, Number, Unsupported, axes, axis, constant, filled, lower, mean_scale, part, reshape, to, transpose,
+    Call,
+    Number,
+    Unsupported,
+    axes,
+    axis,
+    constant,
+    filled,
+    lower,
+    mean_scale,
+    part,
+    reshape,
+    to,
+    transpose,
 )  # fmt: skip
 from stemma.frontend.aten_elementwise import absolute
 from stemma.ir import Node, SizeLike, ops, size
@@ -263,8 +275,10 @@ def attention(
         if not isinstance(q.shape[-1], int):
             raise Unsupported("attention with a head size that is symbolic")
         scale = 1 / math.sqrt(q.shape[-1])
-    if q.tensor.rank < 4:
-        q, k, v = (reshape(x, (*[1] * (4 - x.tensor.rank), *x.shape)) for x in (q, k, v))
+    if q.tensor.rank < 4:  # [T, D] or [B, T, D]: one head
+        if mask is not None and mask.tensor.rank == 3:
+            mask = reshape(mask, (mask.shape[0], 1, *mask.shape[1:]))
+        q, k, v = (reshape(x, (*([1] if x.tensor.rank == 2 else x.shape[:1]), 1, *x.shape[-2:])) for x in (q, k, v))
     if q.tensor.rank > 4 or k.shape[0] != q.shape[0]:
         raise Unsupported("attention over more than one batch axis, or with a broadcast batch")
     if mask is not None and mask.tensor.rank < 4:

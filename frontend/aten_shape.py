@@ -6,8 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from stemma.frontend.aten import (
-    Call, Number, Unsupported, Value, axes, axis, broadcast, clamp_bound, constant, filled, lower, node, part,
-    reshape, to, transpose,
+    Call,
+    Number,
+    Unsupported,
+    Value,
+    axes,
+    axis,
+    broadcast,
+    clamp_bound,
+    constant,
+    filled,
+    lower,
+    node,
+    part,
+    reshape,
+    to,
+    transpose,
 )  # fmt: skip
 from stemma.ir import Node, SizeLike, ops, size
 from stemma.ir.types import dtype
@@ -205,15 +219,15 @@ def fill(call: Call, x: Node, value: Value) -> Node:
     return filled(value, call.out)
 
 
-def _constant(name: str, value: Number) -> None:
-    @lower(f"aten.{name}.default", f"aten.{name}_like.default", f"aten.new_{name}.default")
+def _constant(name: str, value: Number, overload: str = "default") -> None:
+    @lower(f"aten.{name}.{overload}", f"aten.{name}_like.default", f"aten.new_{name}.default")
     def function(call: Call, *_: Any, **__: Any) -> Node:
         return filled(value, call.out)
 
 
 _constant("zeros", 0)
 _constant("ones", 1)
-_constant("empty", 0)  # what the program then overwrites
+_constant("empty", 0, "memory_format")  # what the program then overwrites
 
 
 @lower("aten.scalar_tensor.default")

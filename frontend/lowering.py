@@ -134,12 +134,16 @@ class Lowerer:
         key = (str(node.target), reason)
         count, line = self._problems.get(key, (0, source_line(node)))
         self._problems[key] = (count + 1, line)
+        value = node.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else [value]
+        stand_ins = [self._stand_in(f"unsupported_{node.name}_{i}", v) for i, v in enumerate(values)]
+        return stand_ins if isinstance(value, (tuple, list)) else stand_ins[0]
+
+    def _stand_in(self, name: str, value: object) -> Node | None:
         try:
-            types = self._types(node)
+            return ops.param(name=name, type=self.sizes.tensor(value)) if isinstance(value, torch.Tensor) else None
         except Unsupported:
             return None
-        stand_ins = [ops.param(name=f"unsupported_{node.name}_{i}", type=t) for i, t in enumerate(types)]
-        return stand_ins if isinstance(node.meta["val"], (tuple, list)) else stand_ins[0]
 
     def raise_problems(self, model: str) -> None:
         """Raise one UnsupportedError with everything that was met, if anything was."""

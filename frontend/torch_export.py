@@ -152,8 +152,8 @@ def _inputs(
     params: list[Node] = []
     placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
     for placeholder, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
-        if isinstance(spec.arg, ConstantArgument):
-            inputs.append(spec.arg.value)
+        if isinstance(spec.arg, ConstantArgument) or spec.kind is InputKind.TOKEN:
+            inputs.append(getattr(spec.arg, "value", None))
             continue
         type = lowerer.sizes.tensor(placeholder.meta["val"])
         if spec.kind is InputKind.USER_INPUT:
@@ -192,7 +192,7 @@ def _results(program: ExportedProgram, values: Sequence[Any]) -> list[tuple[str,
     for spec, value in zip(program.graph_signature.output_specs, values, strict=True):
         if spec.kind is OutputKind.USER_OUTPUT:
             kept.append(value)
-        else:
+        elif spec.kind is not OutputKind.TOKEN:
             raise UnsupportedError(
                 f"The forward changes {spec.target or spec.arg.name!r} in place. State is not traced: return it as a result "
                 "instead, or call module.eval() if a statistic is being updated."

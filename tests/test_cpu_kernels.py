@@ -54,7 +54,11 @@ extern "C" int32_t sample_token(const float* logits, int64_t vocab, const Stemma
   return sample(logits, vocab, p, history, n, work);
 }
 extern "C" void noise_of(int64_t blocks, const StemmaSampling* p, float* out) {
-  for (int64_t i = 0; i < blocks; ++i) sampling::noise(i, p, out + 64 * i);
+  alignas(64) uint32_t bits[64];
+  for (int64_t i = 0; i < blocks; ++i) {
+    sampling::draw(i, p, bits);
+    for (int u = 0; u < 64; u += 16) store16(out + 64 * i + u, sampling::gumbel(unsigned_of(load16i(bits + u))));
+  }
 }
 extern "C" void converts(int64_t n, const float* x, uint16_t* b, uint16_t* h, float* from_b, float* from_h, uint16_t* vector_b) {
   for (int64_t i = 0; i < n; ++i) {

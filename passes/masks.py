@@ -170,6 +170,6 @@ def attention_mask(
     attributes = to_attributes(seen)
     if attributes is None:
         raise NoMatch(f"the mask stays an operand: no causal= and window= express {seen}")
-    return ops.attention(q, k, v, causal=attributes[0], window=attributes[1], scale=scale, softcap=softcap)  # type: ignore[no-any-return]
+    return ops.attention(q, k, v, causal=attributes[0], window=attributes[1], scale=scale, softcap=softcap)
 
 

@@ -25,7 +25,12 @@ def _scores(q: Any, kt: Any, c: Any, d: Any, cap: Any, inverse: Any) -> Any:
 
 
 def _masked(s: Any, mask: Any, seen: Any, hidden: Any, fill: Any) -> Any:
-    return any_of(s + mask, ops.where(seen, s, scalar(fill, s)), ops.where(hidden, scalar(fill, s), s), s)
+    """Scores with hidden ones replaced, or a mask or bias added, or both."""
+    chosen = any_of(ops.where(seen, s, scalar(fill, s)), ops.where(hidden, scalar(fill, s), s))
+    biased = s + mask
+    return any_of(
+        biased, chosen, chosen + mask, ops.where(seen, biased, scalar(fill, s)), ops.where(hidden, scalar(fill, s), biased), s
+    )
 
 
 @rule(
@@ -43,7 +48,7 @@ def explicit_attention(
 ) -> Node:  # fmt: skip
     """matmul(softmax(cap * tanh(scale * matmul(q, kt) / cap) + mask), v) -> attention(q, transpose(kt), v, mask, scale=, softcap=)
 
-    Scale, soft cap and mask may be missing; the mask may be added or chosen by where.
+    Scale, soft cap and mask may be missing; the mask may be added, or chosen by where, or both.
     """
     if not q.tensor.rank == kt.tensor.rank == v.tensor.rank == 4:
         raise NoMatch("the products are not over [batch, heads, tokens, width]")
@@ -56,16 +61,33 @@ def explicit_attention(
     if fill is not None and not fill <= HIDDEN:
         raise NoMatch(f"hidden scores are set to {fill}, which does not hide them completely")
     scores = (*q.shape[:3], kt.shape[3])
-    if mask is None and fill is not None:
+    if fill is not None:
         zero, low = (ops.constant(value=value, dtype=q.dtype) for value in (0.0, fill))
-        mask = ops.where(seen, zero, low) if seen is not None else ops.where(hidden, low, zero)
+        chosen = ops.where(seen, zero, low) if seen is not None else ops.where(hidden, low, zero)
+        mask = chosen if mask is None else mask + chosen
     if mask is not None and mask.tensor.rank < 4:
         mask = ops.reshape(mask, shape=(*[1] * (4 - mask.tensor.rank), *mask.shape))
     if mask is not None and any(a not in (1, b) for a, b in zip(mask.shape, scores, strict=True)):
         raise NoMatch(f"the mask {mask!r} makes the scores larger")
     scale = c if c is not None else 1.0 / d if d is not None else 1.0
     k = ops.transpose(kt, axes=(0, 1, 3, 2))
-    return ops.attention(q, k, v, mask, causal=False, scale=scale, softcap=cap)  # type: ignore[no-any-return]
+    return ops.attention(q, k, v, mask, causal=False, scale=scale, softcap=cap)
+
+
+@rule(
+    lambda s, seen, fill, c, d: any_of(
+        (s + ops.where(seen, scalar(0.0, s), scalar(fill, s))) * scalar(c),
+        (s + ops.where(seen, scalar(0.0, s), scalar(fill, s))) / scalar(d),
+    ),
+    cases=[{"s": "f32[n, m]", "seen": "bool[m]", "fill": -1e38, "c": 0.5, "d": 3.0}],
+)
+def mask_after_scale(s: Node, seen: Node, fill: float, c: float | None, d: float | None) -> Node:
+    """(s + where(seen, 0, fill)) * c -> s * c + where(seen, 0, fill * c), for a fill that hides completely; likewise / c"""
+    scaled = fill * c if c is not None else fill / d if d is not None else fill
+    if not scaled <= HIDDEN:
+        raise NoMatch(f"{fill} scaled to {scaled} does not hide completely")
+    zero, low = (ops.constant(value=value, dtype=s.dtype) for value in (0.0, scaled))
+    return (s * c if c is not None else s / d) + ops.where(seen, zero, low)
 
 
 def _attention(q: Any, k: Any, v: Any, mask: Any, causal: Any, window: Any, scale: Any, softcap: Any) -> Any:
@@ -90,7 +112,7 @@ def attention_scale(
     softcap: float | None,
 ) -> Node:  # fmt: skip
     """attention(q * c, k, v, scale=s), attention(q, k * c, v, scale=s) -> attention(q, k, v, scale=s * c)"""
-    return ops.attention(  # type: ignore[no-any-return]
+    return ops.attention(
         q, k, v, mask, causal=causal, window=window, scale=scale * factor, softcap=softcap
     )
 
@@ -131,7 +153,7 @@ def grouped_heads(
     """attention(q, repeat(k), repeat(v)) -> attention(q, k, v), when every key-value head is repeated in place (repeat_kv)"""
     _repetition(k, apart_k, wide_k, joined_k)
     _repetition(v, apart_v, wide_v, joined_v)
-    return ops.attention(q, k, v, mask, causal=causal, window=window, scale=scale, softcap=softcap)  # type: ignore[no-any-return]
+    return ops.attention(q, k, v, mask, causal=causal, window=window, scale=scale, softcap=softcap)
 
 
 @rule(
@@ -149,7 +171,7 @@ def single_key_head(
     """attention(q, broadcast_to(k), broadcast_to(v)) -> attention(q, k, v), when k and v have one head (multi-query attention)"""
     if k.tensor.rank != 4 or v.shape[:3] != k.shape[:3] or (k.shape[0], 1, k.shape[2]) != k.shape[:3] or wide_k[0] != k.shape[0]:
         raise NoMatch("k and v are not one head repeated")
-    return ops.attention(q, k, v, mask, causal=causal, window=window, scale=scale, softcap=softcap)  # type: ignore[no-any-return]
+    return ops.attention(q, k, v, mask, causal=causal, window=window, scale=scale, softcap=softcap)
 
 
 @dataclass(frozen=True)
@@ -158,6 +180,6 @@ class RaiseAttention(RulePass):
 
     name: ClassVar[str] = "raise_attention"
     rules: ClassVar[tuple[Rule, ...]] = (
-        explicit_attention, attention_scale, grouped_heads, single_key_head, attention_mask, double_transpose,
+        mask_after_scale, explicit_attention, attention_scale, grouped_heads, single_key_head, attention_mask, double_transpose,
         transpose_that_moves_nothing,
     )  # fmt: skip

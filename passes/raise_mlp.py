@@ -17,13 +17,13 @@ ROOT_2_OVER_PI, ROOT_HALF = math.sqrt(2 / math.pi), math.sqrt(0.5)
 @rule(lambda x: any_of(x * ops.sigmoid(x), x / (ops.exp(-x) + 1.0)), cases=[X])
 def silu(x: Node) -> Node:
     """x * sigmoid(x), x / (1 + exp(-x)) -> silu(x)"""
-    return ops.silu(x)  # type: ignore[no-any-return]
+    return ops.silu(x)
 
 
 @rule(lambda x: x * ops.sigmoid(x * 1.702), cases=[X])
 def quick_gelu(x: Node) -> Node:
     """x * sigmoid(1.702 * x) -> gelu(x, approximate="sigmoid")"""
-    return ops.gelu(x, approximate="sigmoid")  # type: ignore[no-any-return]
+    return ops.gelu(x, approximate="sigmoid")
 
 
 def _half_of(x: Any, factor: Any) -> Any:
@@ -44,7 +44,7 @@ def gelu_erf(x: Node, c: float | None, d: float | None) -> Node:
     """x * 0.5 * (1 + erf(x * sqrt(1/2))) -> gelu(x)"""
     if not (_close(c, ROOT_HALF) and _close(d, math.sqrt(2))):
         raise NoMatch("the argument of erf is not x / sqrt(2)")
-    return ops.gelu(x)  # type: ignore[no-any-return]
+    return ops.gelu(x)
 
 
 def _cube(x: Any) -> Any:
@@ -61,7 +61,7 @@ def gelu_tanh(x: Node, c: float, k: float) -> Node:
     """x * 0.5 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 * x**3))) -> gelu(x, approximate="tanh") (gelu_new of GPT-2)"""
     if not (_close(c, ROOT_2_OVER_PI) and _close(k, 0.044715)):
         raise NoMatch(f"the constants {c} and {k} are not sqrt(2/pi) = {ROOT_2_OVER_PI} and 0.044715")
-    return ops.gelu(x, approximate="tanh")  # type: ignore[no-any-return]
+    return ops.gelu(x, approximate="tanh")
 
 
 def _same_type(gate: Node, up: Node) -> None:
@@ -76,7 +76,7 @@ PAIR = {"gate": "f32[n, 4]", "up": "f32[n, 4]"}
 def gated_silu(gate: Node, up: Node) -> Node:
     """mul(silu(gate), up) -> gated(gate, up, activation="silu")"""
     _same_type(gate, up)
-    return ops.gated(gate, up, activation="silu")  # type: ignore[no-any-return]
+    return ops.gated(gate, up, activation="silu")
 
 
 @rule(
@@ -88,7 +88,7 @@ def gated_gelu(gate: Node, up: Node, kind: str) -> Node:
     _same_type(gate, up)
     if kind == "sigmoid":
         raise NoMatch("there is no gated form of the sigmoid approximation")
-    return ops.gated(gate, up, activation="gelu_tanh" if kind == "tanh" else "gelu")  # type: ignore[no-any-return]
+    return ops.gated(gate, up, activation="gelu_tanh" if kind == "tanh" else "gelu")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def rope(x: Node, cos: Node, sin: Node, axis: int, half: int, end: int) -> Node:
     _checked(x, cos, sin, axis, 0, half, end)
     if end != x.shape[-1]:
         raise NoMatch("the rotated part is not the whole of x")
-    return ops.rope(x, cos, sin)  # type: ignore[no-any-return]
+    return ops.rope(x, cos, sin)
 
 
 @rule(
@@ -49,7 +49,7 @@ def rope(x: Node, cos: Node, sin: Node, axis: int, half: int, end: int) -> Node:
 def partial_rope(x: Node, cos: Node, sin: Node, axis: int, low: int, half: int, end: int) -> Node:
     """The same on a slice of x (slices of slices have been joined) -> rope(slice(x), cos, sin)"""
     _checked(x, cos, sin, axis, low, half, end)
-    return ops.rope(ops.slice(x, axis=axis, start=low, stop=end), cos, sin)  # type: ignore[no-any-return]
+    return ops.rope(ops.slice(x, axis=axis, start=low, stop=end), cos, sin)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def tensor_type(text: str) -> Tensor:
 
 def example(name: str, type: str) -> Node:
     """A parameter for the examples of rules: `example("x", "f32[n, 4]")`."""
-    return ops.param(name=name, type=tensor_type(type))  # type: ignore[no-any-return]
+    return ops.param(name=name, type=tensor_type(type))
 
 
 def check_rule(rule: Rule) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from stemma.ir import OPS, Node, dtype, evaluate_constant, ops
+from stemma.ir import OPS, Node, SizeLike, dtype, evaluate_constant, ops
 from stemma.ir.ops.elementwise import broadcast
-from stemma.passes.pattern import COMMUTATIVE, any_of, scalar
+from stemma.passes.pattern import COMMUTATIVE, Match, any_of, scalar
 from stemma.passes.rewrite import NoMatch, rule
 from stemma.passes.selftest import example
 
@@ -16,7 +16,7 @@ FOLDED = frozenset(n for n, op in OPS.items() if "elementwise" in op.tags)
 
 
 def _number(value: float, name: str = "f32") -> Node:
-    return ops.constant(value=value, dtype=name)  # type: ignore[no-any-return]
+    return ops.constant(value=value, dtype=name)
 
 
 @rule(lambda x: any_of(x + 0, x - 0, x * 1, x / 1), cases=[X])
@@ -49,19 +49,19 @@ def constant_to_the_right(x: Node) -> Node:
     a, b = x.inputs
     if a.op.name != "constant" or b.op.name == "constant":
         raise NoMatch("the constant is not on the left")
-    return x.op(b, a)  # type: ignore[no-any-return]
+    return x.op(b, a)
 
 
 @rule(lambda x, y: ops.gt(x, y), cases=[{"x": "f32[n]", "y": "f32[n]"}])
 def greater(x: Node, y: Node) -> Node:
     """gt(x, y) -> lt(y, x)"""
-    return ops.lt(y, x)  # type: ignore[no-any-return]
+    return ops.lt(y, x)
 
 
 @rule(lambda x, y: ops.ge(x, y), cases=[{"x": "i64[n]", "y": "i64[m, 1]"}])
 def greater_or_equal(x: Node, y: Node) -> Node:
     """ge(x, y) -> le(y, x)"""
-    return ops.le(y, x)  # type: ignore[no-any-return]
+    return ops.le(y, x)
 
 
 @rule(
@@ -74,7 +74,7 @@ def fold_scalars(x: Node) -> Node:
     if not all(i.op.name == "constant" or (i.op.name == "size_value" and isinstance(i.attrs["size"], int)) for i in x.inputs):
         raise NoMatch("an operand is not a scalar constant")
     value = evaluate_constant(x, None, float).item()
-    return ops.constant(value=value, dtype=x.dtype)  # type: ignore[no-any-return]
+    return ops.constant(value=value, dtype=x.dtype)
 
 
 @rule(lambda c, x: ops.where(c, x, x), cases=[{"c": "bool[n, 1]", "x": "f32[n, 4]"}])
@@ -93,13 +93,13 @@ def small_power(x: Node, n: float) -> Node:
     known = {0.5: ops.sqrt, -0.5: ops.rsqrt, -1.0: ops.reciprocal}
     if n not in known:
         raise NoMatch(f"the exponent {n} has no simpler form")
-    return known[n](x)  # type: ignore[no-any-return]
+    return known[n](x)
 
 
 @rule(lambda x: any_of(ops.reciprocal(ops.sqrt(x)), ops.div(scalar(1), ops.sqrt(x))), cases=[{"x": POSITIVE}])
 def inverse_root(x: Node) -> Node:
     """reciprocal(sqrt(x)), 1 / sqrt(x) -> rsqrt(x)"""
-    return ops.rsqrt(x)  # type: ignore[no-any-return]
+    return ops.rsqrt(x)
 
 
 @rule(lambda x, y: x / ops.sqrt(y), cases=[{"x": "f32[n, 4]", "y": POSITIVE}])
@@ -114,6 +114,18 @@ def division_by_power_of_two(x: Node, c: float) -> Node:
     if math.frexp(abs(c))[0] != 0.5:
         raise NoMatch(f"{c} is not a power of two, so the product would round differently")
     return x * (1.0 / c)
+
+
+@rule(
+    lambda c, shape, i: ops.cumsum(ops.broadcast_to(scalar(c, example("a", "i64[n]")), shape=shape), axis=i),
+    cases=[{"c": c, "shape": (2, example("a", "i64[n]").shape[0], 3), "i": 1} for c in (1, -2)],
+)
+def cumsum_of_constant(c: float, shape: tuple[SizeLike, ...], i: int, match: Match) -> Node:
+    """cumsum(broadcast_to(c)) -> (iota + 1) * c: positions counted by a mask of ones"""
+    if c != int(c):
+        raise NoMatch("a running sum of fractions rounds at every step")
+    counted = (ops.iota(size=shape[i], dtype=match.root.dtype) + 1) * c
+    return ops.broadcast_to(ops.reshape(counted, shape=(shape[i], *[1] * (len(shape) - i - 1))), shape=shape)
 
 
 def _exact(narrow: str, wide: str) -> bool:
@@ -145,10 +157,11 @@ def double_cast(x: Node, a: str, b: str) -> Node:
     """cast(cast(x, a), b) -> cast(x, b), when the cast to a is exact"""
     if not _exact(x.dtype, a):
         raise NoMatch(f"{x.dtype} does not fit in {a}")
-    return ops.cast(x, dtype=b)  # type: ignore[no-any-return]
+    return ops.cast(x, dtype=b)
 
 
 ARITHMETIC = (
     neutral, double_negation, double_not, neutral_logic, constant_to_the_right, greater, greater_or_equal, fold_scalars,
-    same_branches, small_power, inverse_root, division_by_root, division_by_power_of_two, same_cast, double_cast,
+    same_branches, small_power, inverse_root, division_by_root, division_by_power_of_two, cumsum_of_constant, same_cast,
+    double_cast,
 )  # fmt: skip

@@ -28,7 +28,7 @@ def same_shape(x: Node) -> Node:
 @rule(lambda x, s, t: ops.reshape(ops.reshape(x, shape=s), shape=t), cases=[{"x": "f32[n, 4]", "s": (2, N, 2), "t": (N * 4,)}])
 def double_reshape(x: Node, s: tuple[int, ...], t: tuple[int, ...]) -> Node:
     """reshape(reshape(x)) -> reshape(x)"""
-    return ops.reshape(x, shape=t)  # type: ignore[no-any-return]
+    return ops.reshape(x, shape=t)
 
 
 @rule(
@@ -37,7 +37,7 @@ def double_reshape(x: Node, s: tuple[int, ...], t: tuple[int, ...]) -> Node:
 )
 def double_broadcast(x: Node, s: tuple[int, ...], t: tuple[int, ...]) -> Node:
     """broadcast_to(broadcast_to(x)) -> broadcast_to(x)"""
-    return ops.broadcast_to(x, shape=t)  # type: ignore[no-any-return]
+    return ops.broadcast_to(x, shape=t)
 
 
 @rule(
@@ -50,7 +50,7 @@ def transpose_that_moves_nothing(x: Node, p: tuple[int, ...]) -> Node:
     if kept != sorted(kept):
         raise NoMatch("axes larger than 1 change places")
     shape = tuple(x.shape[a] for a in p)
-    return x if shape == x.shape else ops.reshape(x, shape=shape)  # type: ignore[no-any-return]
+    return x if shape == x.shape else ops.reshape(x, shape=shape)
 
 
 @rule(
@@ -60,7 +60,7 @@ def transpose_that_moves_nothing(x: Node, p: tuple[int, ...]) -> Node:
 def double_transpose(x: Node, p: tuple[int, ...], q: tuple[int, ...]) -> Node:
     """transpose(transpose(x, axes=p), axes=q) -> transpose(x, axes=p after q)"""
     axes = tuple(p[a] for a in q)
-    return x if axes == tuple(range(len(axes))) else ops.transpose(x, axes=axes)  # type: ignore[no-any-return]
+    return x if axes == tuple(range(len(axes))) else ops.transpose(x, axes=axes)
 
 
 @rule(lambda x: x, roots=("slice",), cases=[{"x": ops.slice(A, axis=0, start=0, stop=N)}])
@@ -78,7 +78,7 @@ def full_slice(x: Node) -> Node:
 def double_slice(x: Node, i: int, a: int, b: int, s: int, c: int, d: int) -> Node:
     """slice(slice(x, start=a, step=s), start=c, stop=d) -> slice(x, start=a + c * s, step=s)"""
     stop = a + (d - 1) * s + 1 if s != 1 else a + d
-    return ops.slice(x, axis=i, start=a + c * s, stop=stop, step=s)  # type: ignore[no-any-return]
+    return ops.slice(x, axis=i, start=a + c * s, stop=stop, step=s)
 
 
 B, C = example("b", "f32[n, 2]"), example("c", "f32[n, 3]")
@@ -101,7 +101,7 @@ def slice_of_concat(x: Node) -> Node:
         if not isinstance(extent, int):
             break
         if 0 <= start and stop <= extent:
-            return ops.slice(part, axis=axis, start=start, stop=stop, step=x.attrs["step"])  # type: ignore[no-any-return]
+            return ops.slice(part, axis=axis, start=start, stop=stop, step=x.attrs["step"])
         start, stop = start - extent, stop - extent
     raise NoMatch("it reaches over several of the joined tensors")
 
@@ -122,7 +122,7 @@ def concat_of_slices(x: Node) -> Node:
         if not fits or part.inputs != first.inputs or part.attrs["start"] != stop:
             raise NoMatch("the parts are not neighbouring slices of one tensor")
         stop = part.attrs["stop"]
-    return ops.slice(first.inputs[0], axis=axis, start=first.attrs["start"], stop=stop)  # type: ignore[no-any-return]
+    return ops.slice(first.inputs[0], axis=axis, start=first.attrs["start"], stop=stop)
 
 
 def _smallest(x: Node) -> Node:
@@ -160,7 +160,7 @@ def implicit_broadcast(x: Node) -> Node:
                 inputs[i] = smaller
     if tuple(inputs) == x.inputs:
         raise NoMatch("no operand is broadcast explicitly, or the result takes its shape from one that is")
-    return x.op(*inputs)  # type: ignore[no-any-return]
+    return x.op(*inputs)
 
 
 VIEWS = (

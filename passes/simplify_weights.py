@@ -13,7 +13,7 @@ NARROW = ("bf16", "f16")
 
 def weight(name: str, type: str) -> Node:
     """A weight for the examples of rules: `weight("w", "bf16[3, 4]")`."""
-    return ops.weight(name=name, type=tensor_type(type))  # type: ignore[no-any-return]
+    return ops.weight(name=name, type=tensor_type(type))
 
 
 W, BIAS, NARROW_W = weight("w", "f32[3, 4]"), weight("b", "f32[3]"), weight("n", "bf16[3, 4]")
@@ -28,7 +28,7 @@ def matmul_with_weight(x: Node, w: Node) -> Node:
     """matmul(x, w) -> linear(x, transpose(w)), when w is a constant matrix"""
     if w.tensor.rank != 2 or x.dtype != "f32":
         raise NoMatch("the weight is no matrix, or the product is not f32")
-    return ops.linear(x, ops.transpose(w, axes=(1, 0)))  # type: ignore[no-any-return]
+    return ops.linear(x, ops.transpose(w, axes=(1, 0)))
 
 
 @rule(lambda x, w, b: ops.linear(x, w) + b, cases=[{"x": "f32[n, 4]", "w": W, "b": BIAS}])
@@ -36,7 +36,7 @@ def linear_bias(x: Node, w: Node, b: Node) -> Node:
     """add(linear(x, w), b) -> linear(x, w, b), when b is a constant vector"""
     if b.shape != w.shape[:1] or not is_constant(b):
         raise NoMatch("what is added is no constant vector of the outputs")
-    return ops.linear(x, w, b)  # type: ignore[no-any-return]
+    return ops.linear(x, w, b)
 
 
 @rule(
@@ -47,7 +47,7 @@ def narrow_linear(x: Node, w: Node, b: Node | None) -> Node:
     """linear(x, cast(w, f32), b) -> linear(x, w, b): linear widens its weight while reading it"""
     if w.dtype not in NARROW:
         raise NoMatch(f"the cast from {w.dtype} to f32 is no widening")
-    return ops.linear(x, w, b)  # type: ignore[no-any-return]
+    return ops.linear(x, w, b)
 
 
 @rule(lambda w, ids: ops.embedding(ops.cast(w, dtype="f32"), ids), cases=[{"w": weight("n", "bf16[5, 4]"), "ids": "i64[n]"}])
@@ -55,7 +55,7 @@ def narrow_embedding(w: Node, ids: Node) -> Node:
     """embedding(cast(w, f32), ids) -> embedding(w, ids)"""
     if w.dtype not in NARROW:
         raise NoMatch(f"the cast from {w.dtype} to f32 is no widening")
-    return ops.embedding(w, ids)  # type: ignore[no-any-return]
+    return ops.embedding(w, ids)
 
 
 @rule(
@@ -66,7 +66,7 @@ def reshaped_linear(x: Node, w: Node, b: Node | None, s: tuple[SizeLike, ...]) -
     """linear(reshape(x, [.., K]), w, b) -> reshape(linear(x, w, b)), when the reshape keeps the last axis"""
     if x.tensor.rank == 0 or x.shape[-1] != s[-1]:
         raise NoMatch("the reshape changes the last axis")
-    return ops.reshape(ops.linear(x, w, b), shape=(*s[:-1], w.shape[0]))  # type: ignore[no-any-return]
+    return ops.reshape(ops.linear(x, w, b), shape=(*s[:-1], w.shape[0]))
 
 
 _WIDE = ops.cast(NARROW_W, dtype="f32")
@@ -82,7 +82,7 @@ def cast_outward(x: Node) -> Node:
     inner = [i.inputs[0] for i in x.inputs if i.op.name == "cast" and is_constant(i)]
     if len(inner) != len(x.inputs) or any(i.dtype != inner[0].dtype for i in inner):
         raise NoMatch("the operands are not all casts of constants of one element type")
-    return ops.cast(x.op(*inner, **x.attrs), dtype=x.dtype)  # type: ignore[no-any-return]
+    return ops.cast(x.op(*inner, **x.attrs), dtype=x.dtype)
 
 
 WEIGHTS = (matmul_with_weight, linear_bias, narrow_linear, narrow_embedding, reshaped_linear, cast_outward)

@@ -144,7 +144,7 @@ def either(*parts: Formula) -> Formula:
 def _flatten(parts: Sequence[Formula], kind: type[Every] | type[Either]) -> tuple[Formula, ...]:
     flat: dict[Formula, None] = {}
     for part in parts:
-        flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else (part,)))  # type: ignore[union-attr]
+        flat.update(dict.fromkeys(part.parts if isinstance(part, kind) else (part,)))
     return tuple(flat)
 
 
@@ -394,5 +394,6 @@ def aligned(x: Node, index: tuple[SizeLike, ...]) -> tuple[SizeLike, ...]:
 
 
 def _describe(node: Node) -> str:
-    what = f"the input {node.attrs['name']!r}" if node.op.name in ("param", "weight") else f"{node!r}"
+    kind = {"param": "the input", "weight": "the weight"}.get(node.op.name)
+    what = f"{kind} {node.attrs['name']!r}" if kind else f"{node!r}"
     return what + (f" from {node.origin.line}" if node.origin.line else "")

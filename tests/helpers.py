@@ -25,4 +25,4 @@ def function(name: str = "forward", **results: Node) -> Function:
 
 def module(results: Mapping[str, Node] | None = None, **named: Node) -> Module:
     """A module of one function `forward`; it has passed `roundtrip`."""
-    return roundtrip(Module([function(**{**(results or {}), **named})]))
+    return roundtrip(Module([function("forward", **{**(results or {}), **named})]))

@@ -55,17 +55,16 @@ START = module(y=ops.tanh(X * 1.0))
 
 
 def test_records_say_what_happened() -> None:
-    outcome = run_pipeline(
-        START, (Clean(), Clean(), LossyShift(0.5)), verify_each=True, measure=lambda step, changed: {"shift": step.options()["amount"]}
-    )
+    passes = (Clean(), Clean(), LossyShift(0.5))
+    outcome = run_pipeline(START, passes, verify_each=True, measure=lambda step, changed: {"nodes": len(changed["forward"].nodes)})
     assert outcome.module is module(y=ops.tanh(X) + 0.5)
     first, second, third = outcome.records
     assert (first.name, first.modified, first.fired, first.nodes) == ("clean", True, {"mul_one": 1}, 2)
     assert first.difference == 0.0
     assert not second.modified and not second.fired
-    assert third.label == "lossy" and third.options == {"amount": 0.5} and third.loss == {"shift": 0.5}
+    assert third.label == "lossy" and third.options == {"amount": 0.5} and third.loss == {"nodes": 4}
     assert third.difference is not None and third.difference > 0.1
-    assert third.as_json()["loss"] == {"shift": 0.5}
+    assert third.as_json()["loss"] == {"nodes": 4} and first.loss is None
 
 
 def test_a_pass_that_lies_about_its_label_is_named() -> None:

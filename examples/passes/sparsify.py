@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stemma.ir import Function, Module, Node, ops
+from stemma.ir import Function, Module, Node, ops, size
 from stemma.passes import Label, Pass, PassContext
 
 
@@ -31,5 +31,5 @@ class Sparsify(Pass):
         return function.substitute({w: self.pruned(w) for w in weights})
 
     def pruned(self, w: Node) -> Node:
-        mean = ops.reduce_sum(w * w, axes=(0, 1), keepdims=True) * (1 / (w.shape[0] * w.shape[1]))
+        mean = ops.reduce_sum(w * w, axes=(0, 1), keepdims=True) / size.evaluate(w.tensor.elements, {})
         return ops.where(ops.lt(ops.abs(w), ops.sqrt(mean) * self.alpha), ops.constant(value=0.0, dtype=w.dtype), w)

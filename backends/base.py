@@ -97,6 +97,10 @@ class Toolchain(Protocol):
         """Compile and link; CompileError with the compiler's own first lines when it fails."""
         ...
 
+    def describe(self) -> str:
+        """The tools found and what this machine can run, for `stemma targets`; CompileError when there are none."""
+        ...
+
 
 class Executable(Protocol):
     """A module made ready to run by one backend."""

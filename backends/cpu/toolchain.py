@@ -174,6 +174,10 @@ def cache_folder() -> Path:
 class CpuToolchain:
     """Builds CPU libraries with an object cache that several processes may use at once (entries appear by renaming)."""
 
+    def describe(self) -> str:
+        """The compiler found and the variants that this machine runs; CompileError when there is no compiler."""
+        return f"{find_compiler().version}; runs {', '.join(machine_variants())}"
+
     def build(self, source: str, variants: Sequence[str], output: Path) -> Built:
         """Compile `source` for the variants and link `output`.
 

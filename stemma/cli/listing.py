@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stemma.cli.output import console, handled, json_option, show, table
+
+if TYPE_CHECKING:
+    from stemma.backends.base import Backend
 
 
 @handled
@@ -43,10 +46,24 @@ def ops_command(as_json: Annotated[bool, json_option()] = False) -> None:
 @handled
 def targets_command(as_json: Annotated[bool, json_option()] = False) -> None:
     """List the targets and what this machine can do with them."""
-    from stemma.backends.registry import describe
+    from stemma.backends import registry
 
-    found = describe()
-    show(found, lambda: table(("target", "compiles here", "runs here", "notes"), [tuple(t.values()) for t in found]))
+    found = [_target(registry.get(name)) for name in registry.names()]
+    columns = ("target", "artifacts", "this machine")
+    show(found, lambda: table(columns, [(t["name"], "yes" if t["artifacts"] else "no", t["machine"]) for t in found]))
+
+
+def _target(backend: Backend) -> dict[str, object]:
+    from stemma.ir import StemmaError
+
+    name = backend.name
+    if backend.toolchain is None:
+        return {"name": name, "artifacts": False, "machine": "runs in the compiler, writes nothing"}
+    try:
+        machine = backend.toolchain.describe()
+    except StemmaError as error:
+        machine = str(error)
+    return {"name": name, "artifacts": True, "machine": machine}
 
 
 @handled

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-WEBGPU := webgpu@0.4.0
+WEBGPU := webgpu@0.6.2
 
 .PHONY: demo test quick lint install clean
 

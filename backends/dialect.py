@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from stemma.ir import CompileError, SizeLike, dtype
+
+CALL = re.compile(r"[\w<>{}]+\(\{\d\}(, \{\d\})*\)$")
+"""Forms in which every operand is an argument of its own and needs no parentheses."""
+
+
+def bare(text: str) -> str:
+    """Without one pair of parentheses around the whole."""
+    if not text.startswith("(") or not text.endswith(")"):
+        return text
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0 and i < len(text) - 1:
+            return text
+    return text[1:-1]
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class Dialect(ABC):
         form = next((self.functions[key] for key in keys if key in self.functions), None)
         if form is None:
             raise CompileError(f"{self.name} has no function {op}.")
+        if CALL.match(form):
+            operands = tuple(map(bare, operands))
         return form.format(*operands, T=self.value_type(kind))
 
     def serial_reduction(self, reduction: Reduction, variable: str) -> tuple[list[str], str, list[str]]:
@@ -155,4 +173,3 @@ class Grid:
     work: str
     threads: SizeLike
     note: str
-

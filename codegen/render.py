@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stemma.backends.dialect import Buffer, Dialect, Grid, Reduction
+from stemma.backends.dialect import Buffer, Dialect, Grid, Reduction, bare
 from stemma.codegen.lower import Kernel
 from stemma.ir import CompileError, Dim, Node, Size, SizeLike, size, topological
 from stemma.ir.size import Call
@@ -111,9 +111,9 @@ class _Renderer:
             self.text[loop] = self._name(loop.attrs["name"])
         body = list(self._place(roots, frozenset(parallel), rest, stores, inner))
         counted = [self._extent(loop) for loop in rest]
-        extents = {r: " * ".join(f"({self._extent(k)})" for k in r.inputs[1:]) for r in reductions}
+        extents = {r: " * ".join(_wrap(self._extent(k)) for k in r.inputs[1:]) for r in reductions}
         each = " + ".join([str(self._work(roots)), *(e for r, e in extents.items() if r not in hoisted)])
-        work = " + ".join([" * ".join([*(f"({e})" for e in counted), f"({each})"]), *(extents[r] for r in hoisted)])
+        work = " + ".join([" * ".join(map(_wrap, [*counted, each])), *(extents[r] for r in hoisted)])
         grid = Grid(
             tuple((self.text[loop], self._extent(loop)) for loop in parallel),
             (self.text[inner], self._extent(inner)) if inner is not None else None,
@@ -121,11 +121,12 @@ class _Renderer:
         )  # fmt: skip
         return grid, body
 
-    def _split(
-        self, rows: list[Node], loops: list[Node], ordered: set[Node], reduces: bool
-    ) -> tuple[list[Node], Node | None]:
-        """Parallel loops among `rows`, and an innermost loop that may be split as well. Loops that decide which of two writes to one
-        place wins stay in order. On the CPU the innermost loop is left to the vector unit unless every iteration reduces."""
+    def _split(self, rows: list[Node], loops: list[Node], ordered: set[Node], reduces: bool) -> tuple[list[Node], Node | None]:
+        """Parallel loops among `rows`, and an innermost loop that may be split as well.
+
+        Loops that decide which of two writes to one place wins stay in order. On the CPU the innermost loop is left to the vector
+        unit unless every iteration reduces.
+        """
         if self.dialect.block > 1:
             return [loop for loop in rows if loop not in ordered], None
         first = next((i for i, loop in enumerate(rows) if loop in ordered), len(rows))
@@ -192,7 +193,7 @@ class _Renderer:
             return
         name = self._name(f"{_buffer(node).attrs['name']}_at" if node.op.name == "load" else _NAMES.get(node.op.name, node.op.name))
         self.text[node] = name
-        yield self.dialect.define(self.dialect.value_type(node.dtype), name, _strip(text))
+        yield self.dialect.define(self.dialect.value_type(node.dtype), name, bare(text))
 
     def _repeated(self, node: Node, text: str) -> bool:
         """Short address arithmetic is written out wherever it is used; compilers find what is common."""
@@ -238,7 +239,7 @@ class _Renderer:
     # -- expressions -----------------------------------------------------------------------------------------------
 
     def _bare(self, node: Node) -> str:
-        return _strip(self.text[node])
+        return bare(self.text[node])
 
     def _extent(self, loop: Node) -> str:
         return self._size(loop.attrs["extent"])
@@ -277,9 +278,9 @@ class _Renderer:
                 continue
             if text and text != "0":
                 by = self._size(extent)
-                text = f"{_wrap(text)} * {_wrap(by)}" + ("" if one == "0" else f" + {_strip(one) if _sum_only(one) else one}")
+                text = f"{_wrap(text)} * {_wrap(by)}" + ("" if one == "0" else f" + {bare(one) if _sum_only(one) else one}")
             else:
-                text = _strip(one)
+                text = bare(one)
         return text or "0"
 
     def _expression(self, node: Node) -> str:
@@ -350,19 +351,7 @@ def _natural(node: Node) -> bool:
 
 
 def _wrap(text: str) -> str:
-    return text if re.fullmatch(r"[\w.]+", text) or (text[0] == "(" and _strip(text) != text) else f"({text})"
-
-
-def _strip(text: str) -> str:
-    """Without one pair of parentheses around the whole."""
-    if not text.startswith("(") or not text.endswith(")"):
-        return text
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c == "(") - (c == ")")
-        if depth == 0 and i < len(text) - 1:
-            return text
-    return text[1:-1]
+    return text if re.fullmatch(r"[\w.]+", text) or (text[0] == "(" and bare(text) != text) else f"({text})"
 
 
 def _sum_only(text: str) -> bool:

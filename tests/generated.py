@@ -22,8 +22,10 @@ from stemma.codegen.render import Rendered, render
 from stemma.ir import Array, Function, Node, interpret, size
 from stemma.ir.types import numpy_dtype, round_bf16, widen_bf16
 
-FLAGS = ("-std=c++20", "-O2", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
-         "-Wno-psabi", "-pthread")  # fmt: skip
+FLAGS = (
+    "-std=c++20", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi", "-pthread",
+)  # fmt: skip
 
 
 def buffers(kernel: Kernel) -> list[tuple[str, Node]]:
@@ -89,7 +91,9 @@ class Native:
                 made.rename(library)
         return library
 
-    def run(self, body: str, function: Function, inputs: Mapping[str, Any], sizes: Mapping[str, int], threads: int = 1) -> dict[str, Array]:
+    def run(
+        self, body: str, function: Function, inputs: Mapping[str, Any], sizes: Mapping[str, int], threads: int = 1
+    ) -> dict[str, Array]:
         """Results by name. Memory after each output is checked for writes."""
         memory: dict[str, Array] = {}
         for p in function.params:

@@ -92,17 +92,17 @@ def uniform(low: float, high: float) -> Make:
     return lambda rng, shape, sizes: rng.uniform(low, high, size=shape).astype(np.float32)
 
 
-def quarters(rng: np.random.Generator, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
-    """Multiples of 1/4 that are not 0: quotients and remainders by them are exact."""
-    return ((rng.integers(1, 40, size=shape) * rng.choice([-1, 1], size=shape)) / 4).astype(np.float32)
-
-
 def integers(low: int, high: int) -> Make:
     return lambda rng, shape, sizes: rng.integers(low, high + 1, size=shape)
 
 
 def nonzero(rng: np.random.Generator, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
-    return rng.integers(1, 9, size=shape) * rng.choice([-1, 1], size=shape)
+    return np.asarray(rng.integers(1, 9, size=shape) * rng.choice([-1, 1], size=shape))
+
+
+def quarters(rng: np.random.Generator, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
+    """Multiples of 1/4 that are not 0: quotients and remainders by them are exact."""
+    return np.asarray(nonzero(rng, shape, sizes) / 4, np.float32)
 
 
 def booleans(rng: np.random.Generator, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Array:
@@ -132,7 +132,14 @@ def default(name: str) -> Make:
 CASES: list[Case] = []
 
 
-def case(op: str, label: str, build: Callable[..., Node], *inputs: Tensor, make: Mapping[int, Make] | None = None, **rest: Any) -> None:
+def case(
+    op: str,
+    label: str,
+    build: Callable[..., Node | tuple[Node, ...]],
+    *inputs: Tensor,
+    make: Mapping[int, Make] | None = None,
+    **rest: Any,
+) -> None:
     """Add a case: inputs are parameters x0, x1, ...; `build` makes the result from them. A tuple result has several."""
     params = [ops.param(name=f"x{i}", type=t) for i, t in enumerate(inputs)]
     made = build(*params)
@@ -171,7 +178,14 @@ case("div", "", ops.div, NM, NM, make={1: POSITIVE})
 case("pow", "", ops.pow, NM, f32(), make={0: POSITIVE, 1: uniform(-2, 3)})
 case("pow", "square", lambda x: ops.pow(x, ops.constant(value=2.0, dtype="f32")), NM)
 for _name in ("floordiv", "mod"):
-    case(_name, "", ops.OPS[_name], NM, NM, make={0: quarters, 1: lambda r, s, z: 2.0 ** r.integers(-2, 4, size=s).astype(np.float32)})
+    case(
+        _name,
+        "",
+        ops.OPS[_name],
+        NM,
+        NM,
+        make={0: quarters, 1: lambda r, s, z: 2.0 ** r.integers(-2, 4, size=s).astype(np.float32)},
+    )
     case(_name, "i64", ops.OPS[_name], Tensor("i64", (N, M)), Tensor("i64", (N, M)), make={0: integers(-99, 99), 1: nonzero})
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     case(_name, "", ops.OPS[_name], Tensor("i64", (N, M)), Tensor("i64", (M,)))
@@ -189,8 +203,9 @@ for _source, _target in (("f32", "bf16"), ("f32", "f16"), ("f32", "i32"), ("i64"
     case("cast", f"{_source}_{_target}", lambda x, t=_target: ops.cast(x, dtype=t), Tensor(_source, (N, M)))
 
 # -- leaves
-case("constant", "", lambda x: x + ops.broadcast_to(ops.constant(value=0.1, dtype="f32"), shape=(N, M)), NM,
-     bound=Bound(1, "norm"))  # 0.1 itself rounds
+case(
+    "constant", "", lambda x: x + ops.broadcast_to(ops.constant(value=0.1, dtype="f32"), shape=(N, M)), NM, bound=Bound(1, "norm")
+)  # 0.1 itself rounds
 case("constant", "inf", lambda x: ops.maximum(x, ops.constant(value=float("-inf"), dtype="f32")), NM)
 case("size_value", "", lambda x: x + ops.size_value(size=N * 2 + M, dtype="f32"), NM, bound=HALF)
 case("iota", "", lambda x: ops.mul(x, ops.iota(size=M, dtype="f32")), NM, bound=HALF)
@@ -211,7 +226,9 @@ case("concat", "", lambda x, y, z: ops.concat(x, y, z, axis=1), f32(N, M), f32(N
 case("concat", "nested", lambda x, y: ops.concat(ops.concat(x, y, axis=1) * 2.0, ops.neg(x), axis=1), NM, NM)
 case("concat", "reduced", lambda x, y: ops.reduce_max(ops.concat(x, y, axis=1), axes=(1,)), NM, f32(N, 5))
 case("pad", "", lambda x: ops.pad(x, low=(1, 0), high=(0, 2), value=7.0), NM)
-case("pad", "inside", lambda x: ops.reduce_sum(ops.pad(x, low=(0, 2), high=(0, 1), value=1.0), axes=(1,)), NM, bound=Bound(6, "norm"))
+case(
+    "pad", "inside", lambda x: ops.reduce_sum(ops.pad(x, low=(0, 2), high=(0, 1), value=1.0), axes=(1,)), NM, bound=Bound(6, "norm")
+)
 case("take", "", lambda x, i: ops.take(x, i, axis=1), f32(N, M, 2), Tensor("i32", (3, N)), make={1: below(M)})
 case("take", "computed", lambda x, i: ops.take(x, i + 1, axis=0), f32(M + 1, 3), Tensor("i64", (N,)), make={1: below(M)})
 case("take_along", "", lambda x, i: ops.take_along(x, i, axis=1), f32(N, M), Tensor("i64", (N, 4)), make={1: below(M)})
@@ -223,8 +240,24 @@ def distinct(rng: np.random.Generator, shape: tuple[int, ...], sizes: Mapping[st
     return np.concatenate([rng.permutation(sizes["m"] + 2)[: shape[0] - 1], [0]])
 
 
-case("scatter", "", lambda x, i, u: ops.scatter(x, i, u, axis=1), f32(2, M + 2, 3), Tensor("i32", (M,)), f32(2, M, 3), make={1: distinct})
-case("scatter", "first", lambda x, i, u: ops.scatter(x, i, u, axis=0), f32(M + 2, N), Tensor("i64", (M,)), f32(M, N), make={1: distinct})
+case(
+    "scatter",
+    "",
+    lambda x, i, u: ops.scatter(x, i, u, axis=1),
+    f32(2, M + 2, 3),
+    Tensor("i32", (M,)),
+    f32(2, M, 3),
+    make={1: distinct},
+)
+case(
+    "scatter",
+    "first",
+    lambda x, i, u: ops.scatter(x, i, u, axis=0),
+    f32(M + 2, N),
+    Tensor("i64", (M,)),
+    f32(M, N),
+    make={1: distinct},
+)
 case("scatter", "bf16", lambda x, i, u: ops.scatter(x, i, ops.cast(u, dtype="bf16"), axis=0), Tensor("bf16", (M + 2, 3)),
      Tensor("i32", (M,)), f32(M, 3), make={1: distinct})  # fmt: skip
 case("scatter", "copy", lambda x, i, u: (ops.scatter(x, i, u, axis=0), ops.neg(x)), f32(M + 2, 3), Tensor("i32", (M,)), f32(M, 3),
@@ -234,12 +267,12 @@ case("scatter", "read", lambda x, i, u: ops.reduce_max(ops.scatter(x, i, u, axis
 
 # -- reductions
 for _name in ("reduce_sum", "reduce_max", "reduce_min"):
-    _make = {0: uniform(0.5, 2)} if _name == "reduce_sum" else {}
-    case(_name, "last", lambda x, f=ops.OPS[_name]: f(x, axes=(1,)), NM, make=_make, rows=True)
-    case(_name, "first", lambda x, f=ops.OPS[_name]: f(x, axes=(0,), keepdims=True), NM, make=_make)
-    case(_name, "two", lambda x, f=ops.OPS[_name]: f(x, axes=(0, 2)), f32(N, 3, M), make=_make)
+    _makers: dict[int, Make] = {0: uniform(0.5, 2)} if _name == "reduce_sum" else {}
+    case(_name, "last", lambda x, f=ops.OPS[_name]: f(x, axes=(1,)), NM, make=_makers, rows=True)
+    case(_name, "first", lambda x, f=ops.OPS[_name]: f(x, axes=(0,), keepdims=True), NM, make=_makers)
+    case(_name, "two", lambda x, f=ops.OPS[_name]: f(x, axes=(0, 2)), f32(N, 3, M), make=_makers)
     case(_name, "i64", lambda x, f=ops.OPS[_name]: f(x, axes=(1,)), Tensor("i64", (N, M)))
-    case(_name, "all", lambda x, f=ops.OPS[_name]: x - f(x, axes=(0, 1)), NM, make=_make, bound=Bound(16, "norm"))
+    case(_name, "all", lambda x, f=ops.OPS[_name]: x - f(x, axes=(0, 1)), NM, make=_makers, bound=Bound(16, "norm"))
 case("argmax", "", lambda x: ops.argmax(x, axis=1), NM)
 case("argmax", "ties", lambda x: ops.argmax(x, axis=0, keepdims=True), Tensor("i64", (N, M)))
 case("cumsum", "", lambda x: ops.cumsum(x, axis=1), NM, make={0: uniform(0.5, 2)}, rows=True)
@@ -253,9 +286,15 @@ case("layer_norm", "plain", lambda x: ops.layer_norm(x, eps=1e-5), f32(N, 20), r
 
 # -- composites and products
 case("rope", "", ops.rope, f32(N, 3, 8), f32(N, 1, 8), f32(N, 1, 8), rows=True)
-case("rope", "computed", lambda x, p, w: ops.rope(
-    x, *(f(ops.reshape(ops.mul(ops.cast(ops.reshape(p, shape=(N, 1)), dtype="f32"), w), shape=(N, 1, 8))) for f in (ops.cos, ops.sin))),
-    f32(N, 3, 8), Tensor("i32", (N,)), f32(8), bound=Bound(40, "norm"))  # fmt: skip  # the angle (up to 9 * 3) rounds by 2 units of 16
+
+
+def _rotated(x: Node, positions: Node, frequencies: Node) -> Node:
+    angles = ops.mul(ops.cast(ops.reshape(positions, shape=(N, 1)), dtype="f32"), frequencies)
+    return ops.rope(x, *(ops.reshape(f(angles), shape=(N, 1, 8)) for f in (ops.cos, ops.sin)))
+
+
+# angles up to 9 * 3 round by 2**-20, eight units
+case("rope", "computed", _rotated, f32(N, 3, 8), Tensor("i32", (N,)), f32(8), bound=Bound(40, "norm"))
 case("matmul", "", ops.matmul, f32(2, N, 24), f32(24, M))
 case("matmul", "batched", ops.matmul, f32(2, 1, N, 5), f32(3, 5, M))
 case("linear", "", ops.linear, f32(N, 40), f32(M, 40))
@@ -265,7 +304,13 @@ case("linear", "vector", ops.linear, f32(20), f32(M, 20))
 case("linear", "normed", lambda x, w: ops.linear(ops.rms_norm(x, eps=1e-5), w), f32(N, 32), f32(M, 32), bound=Bound(16, "norm"))
 case("conv", "", lambda x, w, b: ops.conv(x, w, b, stride=(1, 2), padding=(1, 0), dilation=(1, 1)), f32(2, 3, N + 2, M + 2),
      f32(4, 3, 3, 2), f32(4))  # fmt: skip
-case("conv", "groups", lambda x, w: ops.conv(x, w, stride=(2,), padding=(2,), dilation=(2,), groups=2), f32(N, 4, M + 4), f32(6, 2, 3))
+case(
+    "conv",
+    "groups",
+    lambda x, w: ops.conv(x, w, stride=(2,), padding=(2,), dilation=(2,), groups=2),
+    f32(N, 4, M + 4),
+    f32(6, 2, 3),
+)
 case("embedding", "", ops.embedding, f32(M, 6), Tensor("i32", (2, N)), make={1: below(M)})
 case("embedding", "bf16", ops.embedding, Tensor("bf16", (M, 6)), Tensor("i64", (N,)), make={1: below(M)})
 
@@ -275,9 +320,17 @@ def heads(n: int, width: int = 8, length: Any = M) -> Tensor:
 
 
 SMALL = ({"n": 1, "m": 1}, {"n": 2, "m": 5}, {"n": 3, "m": 17})
-case("attention", "causal", lambda q, k, v: ops.attention(q, k, v, causal=True, scale=0.35), heads(4), heads(2), heads(2), sizes=SMALL)
-case("attention", "window", lambda q, k, v: ops.attention(q, k, v, causal=True, window=3, softcap=5.0, scale=0.35), heads(2), heads(2),
-     heads(2, 6), sizes=SMALL)  # fmt: skip
+case(
+    "attention",
+    "causal",
+    lambda q, k, v: ops.attention(q, k, v, causal=True, scale=0.35),
+    heads(4),
+    heads(2),
+    heads(2),
+    sizes=SMALL,
+)
+case("attention", "window", lambda q, k, v: ops.attention(q, k, v, causal=True, window=3, softcap=5.0, scale=0.35),
+     heads(2), heads(2), heads(2, 6), sizes=SMALL)  # fmt: skip
 case("attention", "mask", lambda q, k, v, m: ops.attention(q, k, v, m, causal=False, scale=0.35), heads(2), heads(1, 8, 9),
      heads(1, 8, 9), f32(N, 1, 1, 9), sizes=SMALL)  # fmt: skip
 case("cached_attention", "", lambda q, k, v, t, s, p: ops.cached_attention(q, k, v, t, s, p, scale=0.35, window=4, softcap=9.0),
@@ -294,6 +347,7 @@ def _fused(x: Node, r: Node) -> tuple[Node, ...]:
 
 case("fused", "", _fused, NM, NM, rows=True)
 case("get", "", lambda x, r: _fused(x, r)[1], NM, NM, bound=BOUNDS["softmax"])
+
 
 # -- what only the reference runs
 def _loop(x: Node) -> Node:

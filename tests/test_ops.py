@@ -31,7 +31,7 @@ def native() -> Native:
     return Native({c.name: lowered(c.name) for c in GENERATED})
 
 
-def by_name(cases: list[Case]) -> Any:
+def by_name(cases: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=[c.name for c in cases])
 
 
@@ -50,7 +50,9 @@ def check(case: Case, got: Mapping[str, Any], want: Mapping[str, Any], sizes: Ma
         if case.bound.to == "norm" and scale.size:
             scale = np.full_like(scale, scale.max())
         worst = float((error / np.maximum(scale, 2.0**-100)).max(initial=0)) / UNIT
-        assert (error <= case.bound.units * UNIT * scale + 1e-38).all(), f"{name} at {dict(sizes)}: {worst:.2f} units > {case.bound}"
+        assert (error <= case.bound.units * UNIT * scale + 1e-38).all(), (
+            f"{name} at {dict(sizes)}: {worst:.2f} units > {case.bound}"
+        )
 
 
 def reference(case: Case, sizes: Mapping[str, int], float_type: type = np.float64) -> dict[str, Any]:

@@ -16,9 +16,7 @@ PREAMBLE = """\
 #include <stdint.h>
 """ + HELPERS.replace("template <> @", "template <> __device__ __forceinline__").replace("@", "static __device__ __forceinline__")
 
-RESERVED = KEYWORDS | frozenset(
-    "item half threadIdx blockIdx blockDim gridDim warpSize int2 float4 dim3 saturate".split()
-)
+RESERVED = KEYWORDS | frozenset("item half threadIdx blockIdx blockDim gridDim warpSize int2 float4 dim3 saturate".split())
 
 
 class Cuda(CFamily):

@@ -76,7 +76,8 @@ def build(
 
     variants: instruction sets of the CPU library ("native": the best of this machine); default all. extra_files: further members,
     as bytes or as files to copy (a list of files keeps their names). manifest_extra: entries to add to the manifest, such as
-    passes, loss, source. The library is compiled while weights are packed. Raises CompileError and CheckpointError; `output` is then left as it was.
+    passes, loss, source. The library is compiled while weights are packed. Raises CompileError and CheckpointError; `output` is
+    then left as it was.
     """
     report = progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}

@@ -330,7 +330,7 @@ class _Builder:
                 return next(outputs[a].buffer for a, b in offer.inplace if b == argument.value)
             return self._read(inputs[argument.value], launch, offer.layouts.get(argument.value, ROWS)).buffer
         if argument.kind == "scratch":
-            buffer = self._temporary(Tensor("u8", (argument.value,)), argument.value)
+            buffer = self._temporary(Tensor("f32", (size.floordiv(argument.value, 4),)), argument.value)
             launch.scratch.append(buffer)
             return buffer
         return None

@@ -41,7 +41,7 @@ class CpuBackend(Backend):
         """The same value in a form that a template takes: i32 ids, f32 copies of f16 weights, masks as additive f32."""
         name = node.op.name
         if name == "embedding" and node.inputs[1].dtype != "i32":
-            return ops.embedding(node.inputs[0], ops.cast(node.inputs[1], dtype="i32"))
+            return ops.embedding(node.inputs[0], _narrow(node.inputs[1]))
         if name in ("embedding", "linear"):
             at = 0 if name == "embedding" else 1
             if node.inputs[at].dtype in ("f16", "f64"):
@@ -72,3 +72,15 @@ class CpuBackend(Backend):
         if layout == "rows" and isinstance(tensor.bytes, int):
             return tensor.bytes
         raise CompileError(f"The backend cpu has no weight layout {layout!r} for {tensor!r}.")
+
+
+def _narrow(ids: Node) -> Node:
+    """i32 ids; when they were widened from i32 before, the narrow ones themselves."""
+    if ids.op.name == "cast" and ids.inputs[0].dtype == "i32":
+        return ids.inputs[0]
+    if ids.op.name == "reshape":
+        return ops.reshape(_narrow(ids.inputs[0]), shape=ids.shape)
+    if ids.op.name == "fused" and all(n.op.name in ("param", "cast", "reshape") for n in ids.attrs["body"].nodes):
+        (inner,) = ids.attrs["body"].inline(*ids.inputs)
+        return _narrow(inner)
+    return ops.cast(ids, dtype="i32")

@@ -160,8 +160,10 @@ class _Lowering:
         plain = {r: n for r, n in rest.items() if n.op.name != "scatter"}
         if plain:
             made.append(self._kernel(self.name, {r: self._stores(self.outputs[r], n) for r, n in plain.items()}))
-        for result in rest.keys() - plain.keys():
-            made += self._write(result, rest[result], f"{self.name}_{result}" if made else self.name)
+        for result, node in rest.items():
+            if result in plain:
+                continue
+            made += self._write(result, node, f"{self.name}_{result}" if made else self.name)
         for node, sites in self.sites.items():
             if len(sites) > MAX_SITES[node.op.name in REDUCTIONS]:
                 raise _Store(node)

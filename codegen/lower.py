@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stemma.codegen.elements import RULES, rule_of
+from stemma.codegen.elements import RULES, cast, rule_of
 from stemma.codegen.index import Index, Indices
 from stemma.ir import CompileError, Function, Node, Size, SizeLike, Tensor, dtype, ops, size, stamp
 
@@ -142,6 +142,7 @@ class _Lowering:
         loops = tuple(self.indices.loop(f"i{a}", extent, last - a) for a, extent in enumerate(extents))
         self.root, self.may_cut, self.base_axis = root, may_cut, len(extents)
         self.outer = [n for n in map(self._loop_of, loops) if n is not None]
+        self.whole: Node | None = None
         self.depth = 0
         self.inside: _Reduction | None = None
         self.computed: list[tuple[Node, Node, _Reduction | None]] = []
@@ -205,14 +206,7 @@ class _Lowering:
             value = self.outputs[output]
             made.append(self._kernel(f"{name}_copy", {output: self._stores(value, base)}))
         for i, one in enumerate(chain):
-            _, indices, updates = one.inputs
-            axis: int = one.attrs["axis"]
-            loops = self._start(one, updates.shape, may_cut=False)
-            target = self.indices.wrap(ops.cast(self.element(indices, (loops[axis],)), dtype="i64"), one.shape[axis])
-            place = [self.indices.scalar(target if a == axis else p) for a, p in enumerate(loops)]
-            with stamp(line=one.origin.line, by=one.origin.by):
-                value = ops.store(value, self.element(updates, loops), *place)
-            self._finish()
+            value = self._stores(value, one)
             last = i == len(chain) - 1
             made.append(self._kernel(name if last else f"{name}_{i}", {output: value}, alias))
             value = base if in_place else self.outputs[output]
@@ -225,25 +219,35 @@ class _Lowering:
         return found[0] if found else None
 
     def _stores(self, buffer: Node, node: Node) -> Node:
-        """`buffer` with every element of `node` stored, in as many parts as its joins ask for."""
+        """`buffer` with every element of `node` stored (of a scatter: of its updates), in as many parts as its joins ask for."""
+        source, target = node, -1
+        if node.op.name == "scatter":
+            source, target = node.inputs[2], int(node.attrs["axis"])
         done: list[tuple[Node, list[Node]]] = []
-        pieces: list[tuple[Index, Index]] = [((0,) * node.tensor.rank, node.shape)]
+        pieces: list[tuple[Index, Index]] = [((0,) * node.tensor.rank, source.shape)]
         count = 1
         while pieces:
             starts, extents = pieces.pop(0)
             loops = self._start(node, extents, may_cut=count < MAX_PIECES)
+            # Parts may run at once, so writes to one place must be in one part: a scatter is not cut along its axis.
+            self.whole = self._loop_of(loops[target]) if target >= 0 else None
             index = tuple(start + loop for start, loop in zip(starts, loops, strict=True))
             try:
-                done.append((self.element(node, index), [self.indices.scalar(i) for i in index]))
+                value = self.element(source, index)
+                place = list(index)
+                if target >= 0:
+                    slot = cast(self.element(node.inputs[1], (index[target],)), "i64")
+                    place[target] = self.indices.wrap(slot, node.shape[target])
+                done.append((value, [self.indices.scalar(i) for i in place]))
                 self._finish()
             except _Cut as cut:
                 axis = next(a for a, loop in enumerate(loops) if self._loop_of(loop) is cut.loop)
                 parts = ((starts[axis], cut.at), (starts[axis] + cut.at, extents[axis] - cut.at))
                 pieces[:0] = [(_put(starts, axis, s), _put(extents, axis, e)) for s, e in parts]
                 count += 1
-        for value, place in done:
+        for value, where in done:
             with stamp(line=node.origin.line, by=node.origin.by):
-                buffer = ops.store(buffer, value, *place)
+                buffer = ops.store(buffer, value, *where)
         return buffer
 
     # -- the builder that the rules use ------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ class _Lowering:
             if low != high and not self.indices.below(index, low) and not self.indices.at_least(index, high)
         ]  # fmt: skip
         found = self.indices.variable(index)
-        if len(possible) > 1 and found is not None and self.may_cut and found[0] in self.outer:
+        if len(possible) > 1 and found is not None and self.may_cut and found[0] in self.outer and found[0] is not self.whole:
             loop, offset = found
             at = cuts[possible[0] + 1] - offset
             if size.bounds(at)[0] >= 0 and size.bounds(loop.attrs["extent"] - at)[0] >= 0:

@@ -219,6 +219,17 @@ def test_scatter_updates_a_parameter_in_place_or_copies() -> None:
     assert copy.alias == write.alias == {} and copy.outputs == write.outputs == ("r",)
 
 
+def test_a_cache_write_is_cut_along_its_width_but_not_along_its_rows() -> None:
+    cache, slots = param("cache", 2, K, 8), param("slots", N, dtype="i32")
+    x, c = param("x", 2, N, 8), param("c", 1, N, 8)
+    (kernel,) = lowered(cache, slots, x, c, r=ops.scatter(cache, slots, ops.rope(x, c, ops.neg(c)), axis=1))
+    assert names(kernel).count("store") == 2 and "where" not in names(kernel)
+    one, two = param("one", 2, 1, 8), param("two", 2, N, 8)
+    more = param("more", N + 1, dtype="i32")
+    (kernel,) = lowered(cache, more, one, two, r=ops.scatter(cache, more, ops.concat(one, two, axis=1), axis=1))
+    assert names(kernel).count("store") == 1 and "where" in names(kernel)
+
+
 def test_two_caches_in_one_body() -> None:
     slots = param("slots", N, dtype="i32")
     k, v, rows = param("k", K, 8), param("v", K, 8), param("rows", N, 8)

@@ -44,10 +44,10 @@ SOFTMAX = """\
 static void kernel(Team& team, const float* x, float* r, int64_t n, int64_t m) {
   {
     // max sub exp sum div  (model.py:3 in forward; by fuse)
-    const int64_t rows = n;
+    const int64_t count = n;
     const int64_t grain = 1 + 16384 / (1 + m * 26 + m + m);
-    team.parallel((rows + grain - 1) / grain, [&](int64_t chunk) {
-      for (int64_t item = chunk * grain; item < st_least(rows, (chunk + 1) * grain); ++item) {
+    team.parallel((count + grain - 1) / grain, [&](int64_t chunk) {
+      for (int64_t item = chunk * grain; item < st_least(count, (chunk + 1) * grain); ++item) {
         const int64_t i0 = item;
         const float largest = st_largest<float>(m, ST_TERM(k) {
           return x[i0 * m + k];
@@ -104,7 +104,7 @@ def test_long_rows_are_shared_and_short_ones_are_not() -> None:
 def test_writes_that_may_meet_stay_in_order() -> None:
     cache, slots, rows = param("cache", 64, 8), param("slots", N, dtype="i32"), param("rows", N, 8)
     kernel = lowered(cache, slots, rows, out=ops.scatter(cache, slots, rows, axis=0))
-    assert "const int64_t rows = 1;" in render(kernel, CPU).source
+    assert "const int64_t count = 1;" in render(kernel, CPU).source
     assert render(kernel, CUDA).threads == render(kernel, WGSL).threads == 8
 
 

@@ -75,7 +75,7 @@ template <class Term> [[maybe_unused]] static ST_INLINE int64_t st_argmax(int64_
 _SPECIAL = HELPERS.replace("template <> @", "template <> [[maybe_unused]] ST_INLINE")
 PREAMBLE = PREAMBLE.replace("%HELPERS%", _SPECIAL.replace("@", "[[maybe_unused]] static ST_INLINE"))
 
-RESERVED = KEYWORDS | frozenset("team chunk item rows blocks begin end grain".split())
+RESERVED = KEYWORDS | frozenset("team chunk item count blocks begin end grain".split())
 
 
 class Cpp(CFamily):
@@ -127,13 +127,13 @@ class Cpp(CFamily):
 
 def _parallel(grid: Grid, body: list[str]) -> list[str]:
     """Chunks of consecutive iterations of the parallel loops, taken by the threads of the team."""
-    lines = [f"// {grid.note}", f"const int64_t rows = {product(tuple(extent for _, extent in grid.loops))};"]
+    lines = [f"// {grid.note}", f"const int64_t count = {product(tuple(extent for _, extent in grid.loops))};"]
     work = grid.work
-    items = "rows"
+    items = "count"
     if grid.inner is not None:
         lines.append(f"const int64_t blocks = ({grid.inner[1]} + {BLOCK - 1}) / {BLOCK};")
         work = f"st_least({work}, {BLOCK})"
-        items = "rows * blocks"
+        items = "count * blocks"
     lines.append(f"const int64_t grain = 1 + {GRAIN} / (1 + {work});")
     lines.append(f"team.parallel(({items} + grain - 1) / grain, [&](int64_t chunk) {{")
     lines.append(f"  for (int64_t item = chunk * grain; item < st_least({items}, (chunk + 1) * grain); ++item) {{")

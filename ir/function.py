@@ -13,10 +13,10 @@ from stemma.ir.node import Node, _key, freeze
 from stemma.ir.types import Tensor, Tuple, Type
 
 
-def topological(results: Iterable[Node]) -> list[Node]:
-    """Every node that the results depend on, inputs before users, in a stable order; without recursion."""
+def topological(results: Iterable[Node], known: Iterable[Node] = ()) -> list[Node]:
+    """Every node that the results depend on, not looking behind `known` ones; inputs first, in a stable order, no recursion."""
     order: list[Node] = []
-    done: set[Node] = set()
+    done: set[Node] = set(known)
     stack: list[tuple[Node, bool]] = [(r, False) for r in reversed(list(results))]
     while stack:
         node, expanded = stack.pop()

@@ -9,10 +9,11 @@ import numpy as np
 
 from stemma.ir import size
 from stemma.ir.errors import StemmaError, TypeMismatch
-from stemma.ir.function import Function
+from stemma.ir.function import Function, topological
 from stemma.ir.node import Node
 from stemma.ir.size import SizeLike
 from stemma.ir.types import Array, Quantized, Tensor, Type, dtype, numpy_dtype, round_bf16, widen_bf16
+from stemma.ir.weights import WeightStore
 
 WeightSource = Callable[[str], Any]
 
@@ -52,19 +53,37 @@ class Context:
                 return x.astype(np.float16).astype(self.float)
         return x.astype(self.numpy(name), copy=False)
 
+    def _lazy(self, function: Function) -> dict[Node, Any]:
+        """Weights of linears and embeddings, as values that are computed when they are read, by blocks of rows."""
+        if not isinstance(self._weights, WeightStore):
+            return {}
+        from stemma.ir.rows import LazyRows
+        from stemma.ir.verify import constant_nodes
+
+        constant, users = constant_nodes(function), function.users()
+
+        def only_read_by_rows(node: Node) -> bool:
+            places = {"linear": 1, "embedding": 0}
+            return bool(users[node]) and all(
+                u.op.name in places and [i for i, x in enumerate(u.inputs) if x is node] == [places[u.op.name]] for u in users[node]
+            )
+
+        found = [n for n in function.nodes if n in constant and n not in function.results and only_read_by_rows(n)]
+        return {n: LazyRows(n, self._weights) for n in found}
+
     def call(self, function: Function, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Evaluate a function or region; values are freed after their last use."""
-        values: dict[Node, Any] = dict(zip(function.params, arguments, strict=True))
+        values: dict[Node, Any] = dict(zip(function.params, arguments, strict=True)) | self._lazy(function)
         remaining = {node: len(users) for node, users in function.users().items()}
         for result in function.results:
             remaining[result] += 1
-        for node in function.nodes:
+        for node in topological(function.results, values):
             if node not in values:
                 inputs = [values[i] for i in node.inputs]
                 values[node] = node.op.evaluate(self, *inputs, **node.attrs)
             for i in dict.fromkeys(node.inputs):
                 remaining[i] -= 1
-                if not remaining[i]:
+                if not remaining[i] and i in values:
                     del values[i]
         return tuple(values[r] for r in function.results)
 

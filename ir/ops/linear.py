@@ -138,9 +138,11 @@ class Embedding(Op):
 
     def evaluate(self, ctx: Any, w: Any, ids: Any) -> Any:
         rows = ids.astype(np.int64)
+        if isinstance(w, np.ndarray):
+            return w[rows].astype(ctx.float)
         if isinstance(w, Quantized):
             return Quantized(w.dtype, w.codes[rows], w.scales[rows]).dequantize().astype(ctx.float)
-        return w[rows].astype(ctx.float)
+        return w.take(rows).astype(ctx.float)  # rows.LazyRows
 
     def decompose(self, w: Node, ids: Node) -> Node:
         wide = dequantize(w) if dtype(w.dtype).kind == "quantized" else cast(w, dtype="f32")

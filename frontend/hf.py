@@ -277,7 +277,7 @@ def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
                 missing.append(names[0])
         elif tensor.is_floating_point():
             _check(entry, names[0], tensor, checkpoint)
-            stored[names[0]] = (entry.type, entry.load)
+            stored[names[0]] = Stored(entry.type, entry.load, entry.rows)
     if missing or extra:
         parts = [f"{len(n)} tensors {what} ({', '.join(sorted(n)[:4])}{', ...' if len(n) > 4 else ''})"
                  for n, what in ((missing, "are missing from the files"), (extra, "of the files have no place")) if n]  # fmt: skip

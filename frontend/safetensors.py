@@ -52,6 +52,10 @@ class Entry:
                     self._reject(part)
         return values.reshape(self.shape)
 
+    def rows(self) -> StoredRows:
+        """The elements as they are stored, read by ranges of the first axis."""
+        return StoredRows(self)
+
     def _read(self, descriptor: int, target: Array, offset: int) -> None:
         view = memoryview(target.data).cast("B")
         while view:
@@ -67,6 +71,21 @@ class Entry:
                 f"The weight {self.name!r} in {self.path} holds NaN or infinite values ({bad} of the part just read). "
                 "The model would print nonsense; use a checkpoint from before its training diverged."
             )
+
+
+class StoredRows:
+    """A tensor in its file (bf16 as uint16 bits): `rows[start:stop]` reads that range of the first axis, with no mapped pages."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry, self.shape, self.dtype = entry, entry.shape, numpy_dtype(entry.dtype)
+
+    def __getitem__(self, part: slice) -> Array:
+        start, stop, _ = part.indices(self.shape[0])
+        values = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        with open(self._entry.path, "rb", buffering=0) as file:
+            self._entry._read(file.fileno(), values, self._entry.offset + start * row)
+        return values
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,15 @@ from stemma.frontend.lowering import Lowerer, is_dropped
 from stemma.frontend.sizes import Sizes
 from stemma.ir import Array, Function, Module, Node, Size, Tensor, UnsupportedError, WeightStore, ops, size
 
-Stored = tuple[Tensor, Callable[[], Array]]  # the type of a weight as it is stored, and its loader
+
+class Stored(NamedTuple):
+    """A weight as it is stored: its type, the loader of its value, and of its elements by rows (see `WeightStore.add`)."""
+
+    type: Tensor
+    load: Callable[[], Array]
+    rows: Callable[[], Any]
+
+
 Dims = Mapping[str, Mapping[int, Size]]
 
 
@@ -59,7 +67,7 @@ def trace(
     result = Module([function], properties)
     used = WeightStore()
     for weight in result.weights():
-        used.add(weight, store.type(weight), partial(store, weight))
+        used.add(weight, store.type(weight), partial(store, weight), partial(store.raw, weight))
     return result, used
 
 
@@ -164,15 +172,15 @@ def _inputs(
         tensor: torch.Tensor = originals[target] if target in originals else program.constants[target]
         name = first.get(id(tensor), target)
         if name in stored:
-            stored_type, load = stored[name]
+            stored_type, load, rows = stored[name]
         else:
             if not tensor.dim() and spec.kind is not InputKind.PARAMETER:
                 inputs.append(ops.constant(value=tensor.item(), dtype=type.dtype))
                 continue
             stored_type = Tensor(torch_dtype(tensor.dtype), tuple(tensor.shape))
-            load = _loader(tensor)
+            load, rows = _loader(tensor), None
         if name not in store:
-            store.add(name, stored_type, load)
+            store.add(name, stored_type, load, rows)
         weight = ops.weight(name=name, type=stored_type)
         inputs.append(weight if stored_type.dtype == type.dtype else ops.cast(weight, dtype=type.dtype))
     return inputs, params

@@ -2,7 +2,14 @@
 
 from stemma.ir import ops, size
 from stemma.ir.errors import (
-    BudgetError, CheckpointError, CompileError, ParseError, PassError, StemmaError, TypeMismatch, UnsupportedError,
+    BudgetError,
+    CheckpointError,
+    CompileError,
+    ParseError,
+    PassError,
+    StemmaError,
+    TypeMismatch,
+    UnsupportedError,
     VerifyError,
 )  # fmt: skip
 from stemma.ir.function import Function, Module, topological, walk

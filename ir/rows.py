@@ -76,11 +76,13 @@ class Rows:
             raise CheckpointError(f"The weight {name!r} has the shape {stored.shape}, the module expects {node.shape}.")
         part = stored[start:stop]
         if node.dtype == "bf16":
-            if ((part & np.uint16(0x7FFF)) > np.uint16(0x7F80)).any():
+            if ((part & np.uint16(0x7FFF)) >= np.uint16(0x7F80)).any():
                 raise _not_a_number(name)
             return part if raw else widen_bf16(part)
         part = part.astype(self.context.numpy(node.dtype), copy=False)
-        return _finite(node, part)
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            raise _not_a_number(name)
+        return part
 
     def _joined(self, node: Node, start: int, stop: int, raw: bool) -> Any:
         parts, offset = [], 0
@@ -127,5 +129,5 @@ def _finite(node: Node, value: Any) -> Any:
 
 def _not_a_number(name: str) -> CheckpointError:
     return CheckpointError(
-        f"The weight {name!r} contains NaN (not a number). The checkpoint is damaged or the training diverged; compile another one."
+        f"The weight {name!r} holds NaN or infinite values. The checkpoint is damaged, or its training diverged."
     )

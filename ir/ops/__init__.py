@@ -2,18 +2,67 @@
 
 from stemma.ir.node import OPS
 from stemma.ir.ops.composite import (
-    attention, cached_attention, gated, gelu, layer_norm, rms_norm, rope, silu, softmax,
+    attention,
+    cached_attention,
+    gated,
+    gelu,
+    layer_norm,
+    rms_norm,
+    rope,
+    silu,
+    softmax,
 )  # fmt: skip
 from stemma.ir.ops.core import cast, cond, constant, fused, get, iota, loop, param, size_value, weight
 from stemma.ir.ops.elementwise import (
-    abs, add, ceil, cos, div, eq, erf, exp, floor, floordiv, ge, gt, le, log, logical_and, logical_not, logical_or, lt,
-    maximum, minimum, mod, mul, ne, neg, pow, reciprocal, round, rsqrt, sigmoid, sign, sin, sqrt, sub, tanh, where,
+    abs,
+    add,
+    ceil,
+    cos,
+    div,
+    eq,
+    erf,
+    exp,
+    floor,
+    floordiv,
+    ge,
+    gt,
+    le,
+    log,
+    logical_and,
+    logical_not,
+    logical_or,
+    lt,
+    maximum,
+    minimum,
+    mod,
+    mul,
+    ne,
+    neg,
+    pow,
+    reciprocal,
+    round,
+    rsqrt,
+    sigmoid,
+    sign,
+    sin,
+    sqrt,
+    sub,
+    tanh,
+    where,
 )  # fmt: skip
 from stemma.ir.ops.kernel import load, loop_index, reduce_loop, store
 from stemma.ir.ops.linear import conv, dequantize, embedding, linear, matmul, quantize
 from stemma.ir.ops.reduce import argmax, cumsum, reduce_max, reduce_min, reduce_sum
 from stemma.ir.ops.shape import (
-    broadcast_to, concat, pad, reshape, scatter, slice, take, take_along, transpose,
+    broadcast_to,
+    concat,
+    pad,
+    reshape,
+    scatter,
+    slice,
+    take,
+    take_along,
+    transpose,
 )  # fmt: skip
 
 __all__ = [

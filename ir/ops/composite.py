@@ -10,7 +10,21 @@ from stemma.ir.errors import TypeMismatch
 from stemma.ir.node import INF, Node, Op
 from stemma.ir.ops.core import cast, constant, iota
 from stemma.ir.ops.elementwise import (
-    add, broadcast, div, erf, exp, gt, le, logical_and, mul, neg, rsqrt, sigmoid, sub, tanh, where,
+    add,
+    broadcast,
+    div,
+    erf,
+    exp,
+    gt,
+    le,
+    logical_and,
+    mul,
+    neg,
+    rsqrt,
+    sigmoid,
+    sub,
+    tanh,
+    where,
 )  # fmt: skip
 from stemma.ir.ops.linear import matmul
 from stemma.ir.ops.reduce import reduce_max, reduce_sum
@@ -290,13 +304,14 @@ class Attention(Op):
         zero = constant(value=0, dtype="i64")
         visible = le(zero, distance) if causal else None
         if window is not None:
-            near = logical_and(gt(constant(value=window, dtype="i64"), distance), gt(distance, constant(value=-window, dtype="i64")))
+            high, low = (constant(value=v, dtype="i64") for v in (window, -window))
+            near = logical_and(gt(high, distance), gt(distance, low))
             visible = near if visible is None else logical_and(visible, near)
-        low = constant(value=-INF, dtype=q.dtype)
+        hidden = constant(value=-INF, dtype=q.dtype)
         if visible is not None:
-            scores = where(visible, scores, low)
+            scores = where(visible, scores, hidden)
         if mask is not None:
-            scores = where(mask, scores, low) if mask.dtype == "bool" else add(scores, mask)
+            scores = where(mask, scores, hidden) if mask.dtype == "bool" else add(scores, mask)
         return matmul(softmax(scores, axis=3), repeat(v))
 
     def flops(self, type: Type, q: Tensor, k: Tensor, v: Tensor, *_: Any, causal: bool, **__: Any) -> SizeLike:

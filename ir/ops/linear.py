@@ -15,7 +15,6 @@ from stemma.ir.ops.shape import take, transpose
 from stemma.ir.size import SizeLike
 from stemma.ir.types import Quantized, Tensor, Type, dtype, quantize_array
 
-
 WEIGHT_BLOCK = 1 << 24  # elements
 
 

@@ -36,7 +36,9 @@ def panel_bytes(k: int, format: str) -> int:
         return -(-k // step) * 256 + (256 if format == "int8" else 0)
     group = weight_group(format)
     if k % group:
-        raise ValueError(f"{format} needs the input size to be a multiple of {group}, got {k}; choose a smaller group or another format")
+        raise ValueError(
+            f"{format} needs the input size to be a multiple of {group}, got {k}; choose a smaller group or another format"
+        )
     return k // group * (128 + group * 32)
 
 
@@ -77,6 +79,8 @@ def bf16_values(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def _padded(a: NDArray[np.generic], rows: int, columns: int) -> NDArray[np.generic]:
+    if a.shape == (rows, columns):
+        return a
     return np.pad(a, ((0, rows - a.shape[0]), (0, columns - a.shape[1])))
 
 
@@ -87,8 +91,8 @@ def _pack_panel(w: NDArray[np.generic], format: str, scales: NDArray[np.generic]
         return _padded(w.astype(np.float32), PANEL, k).T.copy().view(np.uint8).reshape(-1)
     if format == "bf16":
         bits = w if w.dtype == np.uint16 else bf16_bits(w.astype(np.float32))
-        even = _padded(bits, PANEL, bf16_row(k))
-        return even.reshape(PANEL, -1, 2).transpose(1, 0, 2).copy().view(np.uint8).reshape(-1)
+        pairs = np.ascontiguousarray(_padded(bits, PANEL, bf16_row(k))).view(np.uint32)
+        return np.ascontiguousarray(pairs.T).view(np.uint8).reshape(-1)
     if scales is None:
         raise ValueError(f"packing {format} needs scales")
     if format == "int8":
@@ -110,9 +114,13 @@ def pack_panels(weight: NDArray[np.generic], format: str, scales: NDArray[np.gen
     """
     n, k = weight.shape
     panel_bytes(k, format)
-    expected = {"f32": None, "bf16": None, "int8": (n,)}[format] if format in ("f32", "bf16", "int8") else (n, k // weight_group(format))
+    expected = (
+        {"f32": None, "bf16": None, "int8": (n,)}[format] if format in ("f32", "bf16", "int8") else (n, k // weight_group(format))
+    )
     if (None if scales is None else scales.shape) != expected:
-        raise ValueError(f"packing {format} of {n} x {k} needs scales of shape {expected}, got {None if scales is None else scales.shape}")
+        raise ValueError(
+            f"packing {format} of {n} x {k} needs scales of shape {expected}, got {None if scales is None else scales.shape}"
+        )
     for first in range(0, n, PANEL):
         rows = slice(first, first + PANEL)
         yield _pack_panel(np.asarray(weight[rows]), format, None if scales is None else np.asarray(scales[rows]))

@@ -163,9 +163,12 @@ def _promised(step: Pass, kind: str, names: frozenset[str], module: Module) -> N
             raise PassError(f"The pass {step.name!r} {verb} {name!r}, but {problem}.")
 
 
-def _compare(step: Pass, before: Module, after: Module, verify_each: Inputs | bool, context: PassContext) -> float:
-    """Largest relative change of any result of a function that both modules have; PassError when an identical pass made one."""
-    worst = 0.0
+def _compare(step: Pass, before: Module, after: Module, verify_each: Inputs | bool, context: PassContext) -> float | None:
+    """Largest relative change of any result of a function that both modules have with the same parameters; None when there is none.
+
+    PassError when a pass labelled identical changed one.
+    """
+    worst: float | None = None
     missing = any(n not in context.weights for m in (before, after) for n in m.weights())
     weights = make_weights(Module((*before, *(f for f in after if f not in before.functions)))) if missing else context.weights
     for function in before:
@@ -182,7 +185,7 @@ def _compare(step: Pass, before: Module, after: Module, verify_each: Inputs | bo
                     f"The pass {step.name!r} is labelled identical, but it changed the result {name!r} of {function.name!r} by "
                     f"{error:.3g} (relative, float64; allowed {IDENTICAL:g}). Run it with a dump and compare the two states."
                 )
-            worst = max(worst, error)
+            worst = max(worst or 0.0, error)
     return worst
 
 

@@ -229,6 +229,7 @@ class Matcher:
     def __init__(self, explain: bool = False) -> None:
         self.explain = explain
         self.furthest: tuple[int, Node, str] | None = None
+        self._expected: list[str] = []
 
     def match(self, pattern: Pattern, node: Node, found: Binding) -> Iterator[Binding]:
         """Every way in which `node` matches, given what is bound already."""
@@ -258,7 +259,7 @@ class Matcher:
     def _op(self, pattern: OpPattern, node: Node, found: Binding) -> Iterator[Binding]:
         op = pattern.op
         if node.op.name != op.name:
-            self._fail(found, node, f"{op.name} is expected instead of {node.op.name}")
+            self._fail(found, node, f"{op.name} is expected instead of {node.op.name}", op.name)
             return
         found = Binding(found.values, (*found.nodes, node))
         required = sum(not isinstance(i, Optional) for i in pattern.inputs)
@@ -302,9 +303,17 @@ class Matcher:
         else:
             self._fail(found, node, f"{name} is bound to {found.values[name]!r} already, here it would be {value!r}")
 
-    def _fail(self, found: Binding, node: Node, reason: str) -> None:
-        if self.explain and (self.furthest is None or len(found.nodes) > self.furthest[0]):
-            self.furthest = (len(found.nodes), node, reason)
+    def _fail(self, found: Binding, node: Node, reason: str, expected: str | None = None) -> None:
+        """Keep the failure after the most operations; alternatives that fail at the same node are named together."""
+        if not self.explain:
+            return
+        depth = len(found.nodes)
+        if self.furthest is None or depth > self.furthest[0]:
+            self.furthest, self._expected = (depth, node, reason), [expected] if expected else []
+        elif depth == self.furthest[0] and node is self.furthest[1] and expected and self._expected:
+            if expected not in self._expected:
+                self._expected.append(expected)
+                self.furthest = (depth, node, f"{' or '.join(self._expected)} is expected instead of {node.op.name}")
 
 
 def variables(pattern: Any) -> list[str]:

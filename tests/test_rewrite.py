@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from stemma.ir import Node, PassError, ops, stamp
-from stemma.passes.pattern import ANY, Match, any_of, leaf, maybe_cast, optional, scalar
+from stemma.passes.pattern import ANY, Match, any_of, leaf, maybe_cast, maybe_reshape, optional, scalar
 from stemma.passes.rewrite import NoMatch, Rule, rewrite, rule
 from stemma.passes.selftest import check_rule
 from stemma.passes.why import explain
@@ -107,6 +107,13 @@ def test_optional_inputs_casts_alternatives_and_leaves() -> None:
 
     for inner in (ops.exp(X), ops.tanh(X), ops.cast(ops.tanh(X), dtype="f32")):
         assert result((either,), ops.neg(inner)) is ops.cast(X, dtype="f32")
+
+    @rule(lambda x: ops.neg(maybe_reshape(ops.exp(x))))
+    def reshaped(x: Node) -> Node:
+        return ops.reshape(ops.sin(x), shape=(4, X.shape[0]))
+
+    flat = ops.neg(ops.reshape(ops.exp(X), shape=(4, X.shape[0])))
+    assert result((reshaped,), flat) is ops.reshape(ops.sin(X), shape=(4, X.shape[0]))
 
     @rule(lambda n: leaf(ops.iota, size=n, dtype="i32"))
     def counted(n: int) -> Node:
@@ -210,6 +217,14 @@ def test_why_names_the_node_the_attribute_and_the_reason() -> None:
     (rejected,) = explain(private, module(y=ops.exp(shared) + shared))
     assert rejected.reason == "tanh has other users" and not rejected.fires
     assert explain(private, module(y=ops.exp(shared)))[0].fires
+
+
+def test_why_names_all_alternatives() -> None:
+    @rule(lambda x: ops.neg(maybe_cast(any_of(ops.exp(x), ops.tanh(x)))))
+    def either(x: Node) -> Node:
+        return x
+
+    assert explain(either, module(y=-ops.sin(X)))[0].reason == "cast or exp or tanh is expected instead of sin"
 
 
 def test_why_reports_what_a_replacement_says() -> None:

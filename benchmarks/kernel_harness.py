@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +45,22 @@ def entry(kernel: str) -> str:
     fields = "".join(f"{p.strip()}; " for p in parameters.split(","))
     call = "".join(f", a->{n}" for n in names)
     return (
-        f'extern "C" void run_{name}(void* pool, {parameters}) {{\n  struct Arguments {{ {fields} }} arguments = {{ {", ".join(names)} }};\n'
-        f"  pool_run((Pool*)pool, [](Team& team, void* p) {{ auto* a = (Arguments*)p; {name}(team{call}); }}, &arguments);\n}}\n"
+        f'extern "C" void run_{name}(void* pool, {parameters}) {{\n'
+        f"  struct Arguments {{ {fields} }} arguments = {{ {', '.join(names)} }};\n"
+        "  pool_run((Pool*)pool, [](Team& team, void* p) {\n"
+        f"    auto* a = (Arguments*)p;\n    {name}(team{call});\n  }}, &arguments);\n}}\n"
     )
+
+
+POOLS = """
+extern "C" void* pool_new(int threads) { return pool_open(threads); }
+extern "C" void pool_free(void* p) { pool_close((Pool*)p); }
+"""
 
 
 def source(kernels: list[str], extra: str = "") -> str:
     """One translation unit: support, the kernels, their entries."""
-    pools = 'extern "C" void* pool_new(int threads) { return pool_open(threads); }\nextern "C" void pool_free(void* p) { pool_close((Pool*)p); }\n'
-    return "\n".join([render("support.hpp.j2"), *kernels, pools, *map(entry, kernels), extra])
+    return "\n".join([render("support.hpp.j2"), *kernels, POOLS, *map(entry, kernels), extra])
 
 
 class Library:
@@ -63,11 +72,12 @@ class Library:
         key = hashlib.sha256("\0".join([text, variant, *FLAGS]).encode()).hexdigest()[:16]
         path = folder / f"{variant}-{key}.so"
         if not path.exists():
-            cpp = folder / f"{variant}-{key}.cpp"
+            cpp = folder / f"{variant}-{key}.{os.getpid()}.cpp"
             cpp.write_text(text)
-            part = path.with_suffix(".part")
+            part = path.with_suffix(f".{os.getpid()}.part")
             subprocess.run(["g++", *FLAGS, *VARIANTS[variant], "-o", str(part), str(cpp)], check=True)
             part.rename(path)
+            cpp.unlink()
         self.variant = variant
         self.native = ctypes.CDLL(str(path))
         self.native.pool_new.restype = ctypes.c_void_p
@@ -90,6 +100,20 @@ class Library:
             else:
                 converted.append(ctypes.c_int64(int(a)))
         return getattr(self.native, f"run_{name}")(*converted)
+
+
+NAMES = [v for v in VARIANTS if supported(v)]
+
+
+def build(text: str) -> dict[str, Library]:
+    """One library per variant that this machine runs, compiled two at a time."""
+    with ThreadPoolExecutor(2) as threads:
+        return dict(zip(NAMES, threads.map(lambda v: Library(text, v), NAMES), strict=True))
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two arrays hold the same bytes."""
+    return bool(np.array_equal(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)))
 
 
 def aligned(shape: tuple[int, ...] | int, dtype: Any, align: int = 64) -> Any:

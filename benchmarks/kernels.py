@@ -1,4 +1,4 @@
-"""Speed of the linear kernels alone: `python -m benchmarks.kernels [--k 2048] [--n 8192] [--threads 2] [--rows 1,8,512] [--only TEXT]`.
+"""Speed of the linear kernels alone: `python -m benchmarks.kernels [--k 2048] [--n 8192] [--threads 2] [--rows 1,8,512]`.
 
 Each measurement is bracketed by a read-bandwidth probe of the same threads; matrix-vector work cycles through enough copies
 of the weight to defeat the caches. Reported: microseconds, GB/s of packed weights and its share of the probe, Gop/s, and
@@ -80,7 +80,7 @@ def main() -> None:
     sink = np.zeros(16 * 64, np.float32)
 
     def bandwidth() -> float:
-        return stream.size / best(lambda: library.call("probe", a.threads, stream.size, stream, sink), 0.1)[0] / 1e9
+        return float(stream.size) / best(lambda: library.call("probe", a.threads, stream.size, stream, sink), 0.1)[0] / 1e9
 
     print(f"{a.variant}, {a.threads} threads, K={a.k}, N={a.n}")
     for weight, activation in pairs:
@@ -106,9 +106,11 @@ def main() -> None:
             seconds, cpu = best(step)
             wall = (before + bandwidth()) / 2
             rate = size / seconds / 1e9
+            work = 2 * rows * a.n * a.k / 1e9
             print(
-                f"{weight:>9} x {activation:<7} M={rows:<4} {seconds * 1e6:10.1f} us {rate:6.1f} GB/s = {rate / wall:4.0%} of {wall:4.1f}"
-                f"  {2 * rows * a.n * a.k / seconds / 1e9:7.1f} Gop/s, by CPU time {2 * rows * a.n * a.k / cpu * a.threads / 1e9:7.1f}",
+                f"{weight:>9} x {activation:<7} M={rows:<4} {seconds * 1e6:10.1f} us"
+                f" {rate:6.1f} GB/s = {rate / wall:4.0%} of {wall:4.1f}"
+                f"  {work / seconds:7.1f} Gop/s, by CPU time {work / cpu * a.threads:7.1f}",
                 flush=True,
             )
 

@@ -1,0 +1,140 @@
+"""Attention kernels on every ISA variant: error bounds against float64, and rows that never depend on other rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.kernel_harness import NAMES, Library, build, same_bits, source
+from stemma.backends.cpu import pack
+from stemma.backends.cpu.render_templates import render
+
+U = 2.0**-24
+
+
+def attention(name: str, **seams: Any) -> str:
+    """The rendered kernel, without window and cap unless given."""
+    return render("attention.hpp.j2", **{"name": name, "window": None, "soft_cap": None, **seams})
+
+
+CACHED: dict[str, dict[str, Any]] = {
+    "gqa": dict(heads=8, kv_heads=2, head_dim=64, scale=0.125, cache="f32"),
+    "mha_odd": dict(heads=3, kv_heads=3, head_dim=40, scale=0.2, cache="bf16", window=70, soft_cap=20.0),
+    "wide": dict(heads=2, kv_heads=1, head_dim=256, scale=0.0625, cache="bf16"),
+}  # fmt: skip
+FULL: dict[str, dict[str, Any]] = {
+    "causal": dict(heads=4, kv_heads=2, head_dim=32, scale=0.25, causal=True, bias=False, window=20, causal_offset="S - T"),
+    "biased": dict(heads=4, kv_heads=4, head_dim=24, scale=0.25, causal=False, bias=True),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def libraries() -> dict[str, Library]:
+    kernels = [attention(f"cached_{n}", variant="cached", **seams) for n, seams in CACHED.items()]
+    return build(source([*kernels, *(attention(f"full_{n}", variant="full", **seams) for n, seams in FULL.items())]))
+
+
+@pytest.fixture(params=NAMES)
+def library(request: pytest.FixtureRequest, libraries: dict[str, Library]) -> Library:
+    return libraries[request.param]
+
+
+def softmax_attention(q: Any, k: Any, v: Any, scale: float, soft_cap: float | None, bias: Any) -> tuple[Any, float]:
+    """One query over its keys in float64, and a bound on the kernel's error.
+
+    Scores err by (D+3) roundings (and 4 ulp of tanh); weights by their scores' error, 3 ulp of exp and n+8 of the sums.
+    """
+    s = (k @ q) * scale
+    d = (q.size + 3) * U * (np.abs(k) @ np.abs(q)) * scale
+    if soft_cap is not None:
+        s, d = soft_cap * np.tanh(s / soft_cap), d + 6 * U * soft_cap
+    s, d = s + bias, d + 3 * U * (np.abs(s) + np.abs(np.where(np.isinf(bias), 0, bias)))
+    if not np.isfinite(s.max(initial=-np.inf)):
+        return np.zeros(v.shape[1]), 0.0
+    p = np.exp(s - s.max())
+    error = (2 * float(d.max()) + (2 * s.size + 20) * U) * float(np.abs(v).max())
+    return p / p.sum() @ v, error
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_attention_cached(library: Library, name: str) -> None:
+    seams: dict[str, Any] = CACHED[name]
+    rng = np.random.default_rng(13)
+    heads, kv, dim, slots, context = seams["heads"], seams["kv_heads"], seams["head_dim"], 400, 200
+    kc: Any
+    vc: Any
+    k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
+    if seams["cache"] == "bf16":
+        kc, vc = pack.bf16_bits(k), pack.bf16_bits(v)
+        k, v = pack.bf16_values(kc), pack.bf16_values(vc)
+    else:
+        kc, vc = k, v
+    table = rng.permutation(slots).astype(np.int32).reshape(2, context)
+    positions = np.array([*range(60, 100), -1, 0, 1, 63, 64, 65, 127, 199], np.int32)
+    sequence = np.array([0] * 40 + [1, 1, 1, 0, 0, 1, 1, 1], np.int32)
+    rows, stride = positions.size, heads * dim + 5
+    q = rng.standard_normal((rows, stride), dtype=np.float32)
+    y = np.full((rows, heads * dim), np.nan, np.float32)
+    library.call(f"cached_{name}", 2, rows, slots, context, q, stride, kc, vc, positions, sequence, table, y)
+    window = seams.get("window") or 10**9
+    for r in range(rows):
+        seen = table[sequence[r], max(0, positions[r] - window + 1) : positions[r] + 1]
+        for h in range(heads):
+            g = h // (heads // kv)
+            got = y[r, h * dim : (h + 1) * dim]
+            if not seen.size:
+                assert not got.any()
+                continue
+            query = q[r, h * dim : (h + 1) * dim].astype(np.float64)
+            expected, bound = softmax_attention(
+                query, k[g, seen].astype(np.float64), v[g, seen].astype(np.float64), seams["scale"], seams.get("soft_cap"), 0.0
+            )
+            assert np.abs(got - expected).max() <= bound
+    for r in range(rows):  # each row alone has the same bits
+        one = np.full((1, heads * dim), np.nan, np.float32)
+        library.call(f"cached_{name}", 1, 1, slots, context, q[r], stride, kc, vc, positions[r:], sequence[r:], table, one)
+        assert same_bits(one[0], y[r]), r
+
+
+def test_attention_ignores_what_other_rows_see(library: Library) -> None:
+    """A NaN in a later key, or in a slot that no row sees, must not reach an earlier row of the same tile."""
+    rng = np.random.default_rng(14)
+    k, v = (rng.standard_normal((2, 128, 64), dtype=np.float32) for _ in range(2))
+    table, q = np.arange(128, dtype=np.int32).reshape(1, 128), rng.standard_normal((2, 512), dtype=np.float32)
+    positions, sequence = np.array([10, 11], np.int32), np.zeros(2, np.int32)
+    clean, dirty = np.zeros((2, 512), np.float32), np.zeros((2, 512), np.float32)
+    library.call("cached_gqa", 1, 2, 128, 128, q, 512, k, v, positions, sequence, table, clean)
+    k[:, 11:], v[:, 11:] = np.nan, np.nan
+    table[0, 12:] = -5
+    library.call("cached_gqa", 1, 2, 128, 128, q, 512, k, v, positions, sequence, table, dirty)
+    assert same_bits(clean[0], dirty[0]) and np.isnan(dirty[1]).all()
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize(("t", "s"), [(1, 1), (33, 33), (17, 90)])
+def test_attention_full(library: Library, name: str, t: int, s: int) -> None:
+    seams: dict[str, Any] = FULL[name]
+    rng = np.random.default_rng(15)
+    batch, heads, kv, dim = 2, seams["heads"], seams["kv_heads"], seams["head_dim"]
+    q = rng.standard_normal((batch, t, heads, dim), dtype=np.float32)
+    k, v = (rng.standard_normal((batch, kv, s, dim), dtype=np.float32) for _ in range(2))
+    y = np.full((batch, t, heads, dim), np.nan, np.float32)
+    order = [(0, 2, 1), (0, 1, 2), (0, 1, 2), (0, 2, 1)]
+    strides = np.array([a.strides[i] // 4 for a, o in zip((q, k, v, y), order, strict=True) for i in o], np.int64)
+    bias = rng.standard_normal((batch, 1, t, s), dtype=np.float32)
+    bias[1, 0, 0, :] = -np.inf
+    bias[0, 0, :, s // 2 + 1 :] = -np.inf
+    extra = [bias, np.array([t * s, 0, s, 1], np.int64)] if seams["bias"] else []
+    library.call(f"full_{name}", 2, batch, t, s, q, k, v, y, strides, *extra)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // kv)
+            for i in range(t):
+                last = i + s - t if seams["causal"] else s - 1
+                low = max(0, last - 19) if seams["causal"] else 0
+                added = bias[b, 0, i].astype(np.float64) if seams["bias"] else 0.0
+                keys, values = k[b, g, low : last + 1].astype(np.float64), v[b, g, low : last + 1].astype(np.float64)
+                expected, bound = softmax_attention(q[b, i, h].astype(np.float64), keys, values, seams["scale"], None, added)
+                assert np.abs(y[b, i, h] - expected).max() <= bound

@@ -101,13 +101,13 @@ class Dialect(ABC):
         if kind == "argmax":
             loop = reduction.loops[0][0]
             first = [("i64", result, self.literal(0, "i64")), (reduction.term, spare, self.extreme("max", reduction.term))]
-            form = f"if ({{value}} > {spare}) {{ {spare} = {{value}}; {result} = {loop}; }}"
+            form = f"if ({{value}} > {spare}) {{ {spare} = {{bare}}; {result} = {loop}; }}"
         elif kind == "sum":
             first = [(reduction.term, result, f"{term}(0)")]
             form = f"{result} = {result} + {{value}};"
         else:
             first = [(reduction.term, result, self.extreme(kind, reduction.term))]
-            combined = self.call("maximum" if kind == "max" else "minimum", reduction.term, result, "{value}")
+            combined = self.call("maximum" if kind == "max" else "minimum", reduction.term, result, "{bare}")
             form = f"{result} = {combined};"
         opening = [variable.format(T=self.value_type(t), name=n, value=v) for t, n, v in first]
         opening += ["  " * depth + self.loop(v, "0", extent) for depth, (v, extent) in enumerate(reduction.loops)]
@@ -151,7 +151,10 @@ class Dialect(ABC):
 
     @abstractmethod
     def reduce(self, reduction: Reduction) -> tuple[list[str], str, list[str]]:
-        """Opening lines of a reduction, the statement for one term with {value} in it, and closing lines, each indented."""
+        """Opening lines of a reduction, the statement for one term, and closing lines, each indented.
+
+        In the statement {value} stands for the term, safe beside an operator, and {bare} for the same where nothing can bind to it.
+        """
 
     @abstractmethod
     def kernel(

@@ -230,7 +230,7 @@ class _Renderer:
         indent = "  " * len(loops)
         for line in self._place([value], available | frozenset(loops), ()):
             yield indent + line
-        for line in form.replace("{value}", self._bare(value)).splitlines():
+        for line in form.replace("{value}", self.text[value]).replace("{bare}", self._bare(value)).splitlines():
             yield indent + line
         yield from closing
         self.text, self.names = kept, names
@@ -294,7 +294,7 @@ class _Renderer:
             case "load":
                 return self.dialect.load(self.buffers[_buffer(node)], self._offset(inputs[0].shape, inputs[1:]))
             case "cast":
-                return self.dialect.convert(self._bare(inputs[0]), inputs[0].dtype, node.dtype)
+                return self.dialect.convert(self.text[inputs[0]], inputs[0].dtype, node.dtype)
             case "floordiv" if node.dtype == "i64" and _natural(inputs[0]) and _natural(inputs[1]):
                 return f"({self.text[inputs[0]]} / {self.text[inputs[1]]})"
         if "elementwise" not in node.op.tags:

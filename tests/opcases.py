@@ -201,6 +201,9 @@ for _activation in ("silu", "gelu", "gelu_tanh"):
 for _source, _target in (("f32", "bf16"), ("f32", "f16"), ("f32", "i32"), ("i64", "f32"), ("bool", "f32"), ("i32", "bool"),
                          ("bf16", "f32"), ("i64", "u8"), ("f32", "i64"), ("i32", "i64")):  # fmt: skip
     case("cast", f"{_source}_{_target}", lambda x, t=_target: ops.cast(x, dtype=t), Tensor(_source, (N, M)))
+case("cast", "chosen", lambda c, x: ops.cast(ops.where(c, x, ops.constant(value=0, dtype="i64")), dtype="bool"),
+     Tensor("bool", (N, M)), Tensor("i64", (N, M)))  # fmt: skip
+case("cast", "summed", lambda x, y: ops.reduce_sum(ops.cast(ops.lt(x, y), dtype="i32") - 2, axes=(1,)), NM, NM)
 
 # -- leaves
 case(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stemma.backends.c_family import ARITHMETIC, DOUBLE, HELPERS, KEYWORDS, CFamily, product, unravel
-from stemma.backends.dialect import Buffer, Grid, Reduction
+from stemma.backends.dialect import Buffer, Grid, Reduction, bare
 from stemma.ir import dtype
 
 GRAIN = 16384  # elementary operations of one chunk of work: some microseconds, many times the cost of claiming it
@@ -83,13 +83,13 @@ class Cpp(CFamily):
 
     def convert(self, text: str, source: str, target: str) -> str:
         if target in ("bf16", "f16"):
-            plain = text if source in ("f32", "bf16", "f16") else f"(float)({text})"
+            plain = bare(text) if source in ("f32", "bf16", "f16") else f"(float)({bare(text)})"
             return f"st_f32(st_{target}({plain}))"
         if target == "bool":
             return f"({text} != 0)"
         if self.value[source] == self.value[target] and dtype(target).kind == "float":
             return text
-        return f"({self.value[target]})({text})"
+        return f"({self.value[target]})({bare(text)})"
 
     def load(self, buffer: Buffer, offset: str) -> str:
         place = f"{buffer.name}[{offset}]"
@@ -113,7 +113,7 @@ class Cpp(CFamily):
             head = f"const {self.value_type(reduction.type)} {reduction.result} = " if depth == 0 else "return "
             opening.append("  " * depth + f"{head}{call}({extent}, ST_TERM({variable}) {{")
             closing.insert(0, "  " * depth + "});")
-        return opening, "return {value};", closing
+        return opening, "return {bare};", closing
 
     def kernel(
         self, name: str, buffers: Sequence[Buffer], dims: Sequence[str], nests: Sequence[tuple[Grid, list[str]]]

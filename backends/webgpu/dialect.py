@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from stemma.backends.c_family import parenthesised, product, shortest, unravel
-from stemma.backends.dialect import Buffer, Dialect, Grid, Reduction
+from stemma.backends.dialect import Buffer, Dialect, Grid, Reduction, bare
 from stemma.ir import CompileError, dtype
 
 BLOCK = 64
@@ -84,13 +84,14 @@ class Wgsl(Dialect):
 
     def convert(self, text: str, source: str, target: str) -> str:
         if target in ("bf16", "f16"):
+            text = bare(text)
             return f"st_from_{target}(st_{target}_bits({text if dtype(source).kind == 'float' else f'f32({text})'}))"
         if target == "u8":
-            return f"(i32({text}) & 255)"
+            return f"(i32({bare(text)}) & 255)"
         if target in ("i8", "i16"):
             shift = 32 - BITS[target]
-            return f"((i32({text}) << {shift}u) >> {shift}u)"
-        return text if self.value_type(source) == self.value_type(target) else f"{self.value_type(target)}({text})"
+            return f"((i32({bare(text)}) << {shift}u) >> {shift}u)"
+        return text if self.value_type(source) == self.value_type(target) else f"{self.value_type(target)}({bare(text)})"
 
     def load(self, buffer: Buffer, offset: str) -> str:
         if buffer.dtype == "bool":

@@ -20,7 +20,7 @@ PROBE_ROUNDS = 4_000_000  # about a tenth of a second of multiplications
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured limits of this machine with one team of threads: bytes per second, and operations per second by unit (0: no unit)."""
+    """Measured limits of this machine and team of threads: bytes per second, operations per second by unit (0: no unit)."""
 
     bandwidth: float
     f32: float
@@ -64,7 +64,7 @@ def roofline(model: Model, ceilings: Ceilings, *, rows: int = 1, context: int = 
         raise InputError(f"{model.manifest.name} is not a language model; the roofline table needs a decode step.")
     limit = min(model.context, rows + context)
     if rows < 1 or rows > model.manifest.rows or limit < rows + context:
-        raise InputError(f"{rows} rows after {context} tokens exceed the limits: {model.manifest.rows} rows, {model.context} positions.")
+        raise InputError(f"{rows} rows after {context} tokens exceed {model.manifest.rows} rows or {model.context} positions.")
     session = model.session([rows + context])
     try:
         session.tokens[:rows] = np.arange(rows) % model.vocab

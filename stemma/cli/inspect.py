@@ -18,6 +18,7 @@ def inspect_command(
     plan: Annotated[bool, typer.Option("--plan", help="Print the launches: operations, barriers, who made them.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Print every packed weight.")] = False,
     roofline: Annotated[bool, typer.Option("--roofline", help="Run one step and print each kernel's floor and measured time.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write everything into one HTML page.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="New tokens of the step that --roofline measures.")] = 1,
     context: Annotated[int, typer.Option(min=0, help="Cached tokens before them.")] = 128,
     as_json: Annotated[bool, json_option()] = False,
@@ -28,7 +29,10 @@ def inspect_command(
     with Artifact(model) as artifact:
         manifest: dict[str, Any] = dict(artifact.manifest.raw)
         text = artifact.read("ir.txt").decode()
-    if ir:
+    if html is not None:
+        _write_page(html, manifest, model)
+        show({"html": str(html)}, lambda: console.print(f"Wrote {html}.", markup=False))
+    elif ir:
         show({"ir": text}, lambda: console.print(text, markup=False, end=""))
     elif plan:
         show(manifest["functions"], lambda: _plan(manifest))
@@ -38,6 +42,16 @@ def inspect_command(
         _roofline(model, rows, context)
     else:
         show(manifest, lambda: _summary(model, manifest))
+
+
+def _write_page(html: Path, manifest: dict[str, Any], model: Path) -> None:
+    from stemma.cli.page import page
+    from stemma.ir import StemmaError
+
+    try:
+        html.write_text(page(manifest, model.stat().st_size), encoding="utf-8")
+    except OSError as error:
+        raise StemmaError(f"The page {html} cannot be written: {error.strerror}.") from None
 
 
 def _summary(path: Path, manifest: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from stemma.ir import Array, Function, Node, interpret, size
 from stemma.ir.types import numpy_dtype, round_bf16, widen_bf16
 
 FLAGS = (
-    "-std=c++20", "-O2", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off", "-fno-math-errno",
+    "-std=c++20", "-O1", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-march=native", "-ffp-contract=off", "-fno-math-errno",
     "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi", "-pthread",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -114,7 +114,7 @@ class Compiler:
         return (*FLAGS, *special, f"-DSTEMMA_VARIANT={variant.identifier}", f'-DSTEMMA_VARIANT_NAME="{variant.name}"')
 
 
-_PROBE = "#include <atomic>\n#include <cmath>\n#include <thread>\nextern \"C\" int stemma_probe() { return 1; }\n"
+_PROBE = '#include <atomic>\n#include <cmath>\n#include <thread>\nextern "C" int stemma_probe() { return 1; }\n'
 
 
 def find_compiler() -> Compiler:
@@ -131,9 +131,9 @@ def _find(cxx: str, path: str) -> Compiler:
         if compiler is None:
             raise CompileError(f"The compiler named by CXX={cxx!r} does not work: {problem} Correct or unset CXX. {CURES}")
         return compiler
-    candidates = [(p,) for name in ("g++", "clang++") if (p := shutil.which(name, path=path))]
+    candidates: list[tuple[str, ...]] = [(p,) for name in ("g++", "clang++") if (p := shutil.which(name, path=path))]
     if importlib.util.find_spec("ziglang") is not None:
-        candidates.append((sys.executable, "-m", "ziglang", "c++"))  # type: ignore[arg-type]
+        candidates.append((sys.executable, "-m", "ziglang", "c++"))
     for command in candidates:
         compiler, problem = _check(command)
         if compiler is not None:
@@ -187,8 +187,8 @@ class CpuToolchain:
         names = resolve_variants(variants)
         compiler = find_compiler()
         declared = "".join(f" X({VARIANTS[n].identifier})" for n in names)
-        units = [(None, (f"-DSTEMMA_VARIANTS={declared.strip()}",))]
-        units += [(VARIANTS[n], ()) for n in reversed(names)]  # type: ignore[misc]
+        units: list[tuple[Variant | None, tuple[str, ...]]] = [(None, (f"-DSTEMMA_VARIANTS={declared.strip()}",))]
+        units += [(VARIANTS[n], ()) for n in reversed(names)]
         jobs = [Job(compiler, source, (*compiler.flags(v), *extra), v.name if v else "dispatcher") for v, extra in units]
         library_key = _digest("library", *compiler.command, compiler.version, *(j.key for j in jobs))
         folder = cache_folder()
@@ -202,7 +202,8 @@ class CpuToolchain:
                 with _temporary(folder) as scratch:
                     made = scratch / "library.so"
                     command = [*compiler.command, "-shared", "-pthread", "-o", str(made), *map(str, objects)]
-                    _finish(subprocess.run(command, capture_output=True, text=True), "linking the library", None)
+                    linked = subprocess.run(command, capture_output=True, text=True)
+                    _finish(linked.returncode, linked.stderr, "linking the library", None)
                     os.replace(made, cached)
             shutil.copyfile(cached, output)
         except OSError as error:
@@ -229,14 +230,17 @@ class Job:
 
 
 def compile_all(jobs: Sequence[Job], folder: Path) -> list[Path]:
-    """The objects, in order, from the cache or compiled by as many processes as there are cores."""
+    """The objects, in order, from the cache or compiled by as many processes as there are cores.
+
+    Jobs start in the order given from the second on, the dispatcher (the first, the quickest) last.
+    """
     paths = [folder / f"{job.key}.o" for job in jobs]
     waiting = [(job, path) for job, path in zip(jobs, paths, strict=True) if not path.exists()]
-    waiting.reverse()  # the last jobs are the widest variants, the slowest to compile: start them first
+    waiting = waiting[1:] + waiting[:1]
     if not waiting:
         return paths
     with _temporary(folder) as scratch:
-        running: list[tuple[Job, Path, Path, subprocess.Popen[str]]] = []
+        running: list[tuple[Job, Path, Path, subprocess.Popen[bytes]]] = []
         source = scratch / "kernels.cpp"
         source.write_text(jobs[0].source)
         try:
@@ -245,14 +249,16 @@ def compile_all(jobs: Sequence[Job], folder: Path) -> list[Path]:
                     job, path = waiting.pop(0)
                     made = scratch / f"{len(waiting)}.o"
                     command = [*job.compiler.command, *job.flags, "-c", str(source), "-o", str(made)]
-                    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                    with made.with_suffix(".txt").open("wb") as errors:
+                        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
                     running.append((job, path, made, process))
-                job, path, made, process = running.pop(0)
-                _, errors = process.communicate()
-                _finish(
-                    subprocess.CompletedProcess(process.args, process.returncode, "", errors), f"the {job.label} kernels", source
-                )
-                os.replace(made, path)
+                time.sleep(0.01)
+                for entry in [r for r in running if r[3].poll() is not None]:
+                    job, path, made, process = entry
+                    running.remove(entry)
+                    text = made.with_suffix(".txt").read_text(errors="replace")
+                    _finish(process.returncode, text, f"the {job.label} kernels", source)
+                    os.replace(made, path)
         finally:
             for _, _, _, process in running:
                 process.kill()
@@ -261,7 +267,7 @@ def compile_all(jobs: Sequence[Job], folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path):  # type: ignore[no-untyped-def]
+def _temporary(folder: Path) -> Iterator[Path]:
     made = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
     try:
         yield made
@@ -269,17 +275,17 @@ def _temporary(folder: Path):  # type: ignore[no-untyped-def]
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _finish(result: subprocess.CompletedProcess[str], what: str, source: Path | None) -> None:
-    if result.returncode == 0:
+def _finish(code: int, errors: str, what: str, source: Path | None) -> None:
+    if code == 0:
         return
     kept = ""
     if source is not None:
         path = Path(tempfile.gettempdir()) / f"stemma-rejected-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.cpp"
         shutil.copyfile(source, path)
         kept = f" The source is kept in {path}."
-    if result.returncode < 0:
-        raise CompileError(f"The C++ compiler was stopped by signal {-result.returncode} at {what} (out of memory?).{kept}")
-    raise CompileError(f"The C++ compiler failed at {what}: {_first_lines(result.stderr)}{kept}")
+    if code < 0:
+        raise CompileError(f"The C++ compiler was stopped by signal {-code} at {what} (out of memory?).{kept}")
+    raise CompileError(f"The C++ compiler failed at {what}: {_first_lines(errors)}{kept}")
 
 
 def _first_lines(text: str, count: int = 3) -> str:

@@ -50,6 +50,42 @@ def narrow_linear(x: Node, w: Node, b: Node | None) -> Node:
     return ops.linear(x, w, b)
 
 
+PATCHES = weight("p", "f32[5, 3, 2, 2]")
+
+
+def _square_patches(match: Match) -> str | None:
+    kernel = match["w"].shape[2:]
+    if not is_constant(match["w"]):
+        return "the kernel is computed from inputs"
+    if match["stride"] != kernel or any(match["padding"]) or any(d != 1 for d in match["dilation"]):
+        return "the patches overlap or are padded"
+    extents = match["x"].shape[2:]
+    if len(kernel) != 2 or any(not isinstance(e, int) or e % k for e, k in zip(extents, kernel, strict=True)):
+        return "the image is not cut evenly into patches"
+    return None
+
+
+@rule(
+    lambda x, w, b, stride, padding, dilation: ops.conv(
+        x, w, optional(b), stride=stride, padding=padding, dilation=dilation, groups=1
+    ),
+    check=_square_patches,
+    cases=[
+        {"x": "f32[n, 3, 4, 6]", "w": PATCHES, "b": b, "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)}
+        for b in (None, weight("b5", "f32[5]"))
+    ],
+)
+def patch_embedding(x: Node, w: Node, b: Node | None, stride: tuple[int, int]) -> Node:
+    """conv(x, w, stride=kernel) -> transpose(linear(patches of x, flat w)): the first layer of vision transformers"""
+    batch, channels, height, width = x.shape
+    tall, wide = stride
+    rows, columns, outputs = height // tall, width // wide, w.shape[0]
+    patches = ops.transpose(ops.reshape(x, shape=(batch, channels, rows, tall, columns, wide)), axes=(0, 2, 4, 1, 3, 5))
+    size = channels * tall * wide
+    flat = ops.linear(ops.reshape(patches, shape=(batch, rows, columns, size)), ops.reshape(w, shape=(outputs, size)), b)
+    return ops.transpose(flat, axes=(0, 3, 1, 2))
+
+
 @rule(lambda w, ids: ops.embedding(ops.cast(w, dtype="f32"), ids), cases=[{"w": weight("n", "bf16[5, 4]"), "ids": "i64[n]"}])
 def narrow_embedding(w: Node, ids: Node) -> Node:
     """embedding(cast(w, f32), ids) -> embedding(w, ids)"""
@@ -85,4 +121,4 @@ def cast_outward(x: Node) -> Node:
     return ops.cast(x.op(*inner, **x.attrs), dtype=x.dtype)
 
 
-WEIGHTS = (matmul_with_weight, linear_bias, narrow_linear, narrow_embedding, reshaped_linear, cast_outward)
+WEIGHTS = (matmul_with_weight, linear_bias, narrow_linear, patch_embedding, narrow_embedding, reshaped_linear, cast_outward)

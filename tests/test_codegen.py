@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zipfile
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from stemma.backends import registry
 from stemma.backends.cpu.toolchain import CpuToolchain, default_variants, machine_variants, resolve_variants
 from stemma.codegen import pack
-from stemma.codegen.build import program
+from stemma.codegen.build import build, program
 from stemma.codegen.execute import Native, executable
 from stemma.ir import (
     Array,
@@ -27,6 +29,7 @@ from stemma.ir import (
     dim,
     interpret,
     ops,
+    parse_module,
     quantize_array,
 )
 from stemma.ir.types import round_bf16, widen_bf16
@@ -98,7 +101,11 @@ def gated() -> Function:
     )
     y = ops.linear(ops.quantize(h, dtype="q8_g32"), ops.quantize(weight("gated.down", 70, 96), dtype="int8"))
     z = ops.linear(ops.cast(x, dtype="bf16"), weight("gated.low", 40, 64, dtype="bf16"))
-    return Function("gated", [x], {"y": y, "h": h, "z": z})
+    total, normed = regions([x, x, weight("gated.norm", 64)], lambda a, b, w: (ops.add(a, b), ops.rms_norm(a + b, w, eps=1e-6)))
+    q = ops.linear(ops.quantize(normed, dtype="q8_g64"), ops.quantize(weight("gated.q", 48, 64), dtype="int4_g64"))
+    layer = ops.layer_norm(x, weight("gated.a", 64), weight("gated.b", 64), eps=1e-5)
+    b = ops.linear(ops.cast(layer, dtype="bf16"), weight("gated.low", 40, 64, dtype="bf16"))
+    return Function("gated", [x], {"y": y, "h": h, "z": z, "total": total, "q": q, "b": b})
 
 
 def norms() -> Function:
@@ -267,6 +274,31 @@ def test_profile_times_every_launch(native: Native) -> None:
     assert len(times) == len(launches) and (times > 0).all() and times.sum() < 1e9
 
 
+def test_an_artifact_is_written_and_runs(tmp_path: Any) -> None:
+    import stemma.runtime.model
+
+    function = mlp("mlp_f32", "f32")
+    module = Module([Function("forward", function.params, {"y": function.results[0]})], {"kind": "model", "name": "small"})
+    seen: list[str] = []
+    report = build(
+        module, STORE, tmp_path / "small.stemma", variants=("native",), extra_files={"notes.txt": b"hello"},
+        manifest_extra={"source": {"folder": "none"}}, progress=lambda stage, done, total: seen.append(stage),
+    )  # fmt: skip
+    assert report.bytes == (tmp_path / "small.stemma").stat().st_size and report.launches == {"forward": 2}
+    assert {"generating code", "packing weights", "compiling kernels"} <= set(seen)
+    with zipfile.ZipFile(tmp_path / "small.stemma") as archive:
+        manifest = json.loads(archive.read("manifest.json"))
+        assert parse_module(archive.read("ir.txt").decode()) is module
+        assert archive.read("notes.txt") == b"hello"
+    launches = manifest["functions"]["forward"]["launches"]
+    assert [x["op"] for x in launches] == ["linear gelu", "linear add"] and launches[0]["flops"] == "21760*rows"
+    x = normal(5, 64)
+    found = stemma.runtime.model.load(tmp_path / "small.stemma").forward(x)
+    value = found["y"] if isinstance(found, Mapping) else found
+    expected = interpret(module["forward"], {"x": x}, STORE)["y"]
+    assert np.linalg.norm(value - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 # ---- scheduling and packing, nothing compiled ------------------------------------------------------------------------
 
 
@@ -277,7 +309,7 @@ def test_templates_are_claimed_and_generated_kernels_shared() -> None:
         s.function.name: [x.kernel.name.rpartition("_")[0] if x.kernel else "copy" for x in s.launches] for s in made.schedules
     }
     assert kernels["mlp_bf16"] == ["linear", "linear"]
-    assert sorted(kernels["gated"]) == ["linear", "linear", "linear", "quantize_rows", "quantize_rows"]
+    assert sorted(kernels["gated"]) == ["linear"] * 5 + ["norm"] * 2 + ["quantize_rows"] * 2
     assert kernels["tied"][-2:] == ["norm", "linear"] and "embedding" in kernels["tied"]
     assert kernels["encoder"].count("attention") == 2
     assert kernels["step"].count("attention") == 2 and "copy" not in kernels["step"]
@@ -370,7 +402,7 @@ def test_a_weight_with_nan_is_named(dtype: str) -> None:
     x = param("x", "f32", ROWS, 64)
     module = Module([Function("f", [x], {"y": ops.linear(x, ops.weight(name="broken", type=Tensor(dtype, (64, 64))))})])
     made = program(module, registry.get("cpu"))
-    with pytest.raises(CheckpointError, match="'broken' contains NaN"):
+    with pytest.raises(CheckpointError, match="'broken' holds NaN"):
         list(pack.stream(made.table, made.layout, store))
 
 

@@ -66,7 +66,9 @@ def stemma_systems(checkpoint: Path, work: Path, threads: int, recompile: bool) 
         artifact = work / f"1b-{number}.stemma"
         seconds = peak = None
         if recompile or not artifact.exists():
-            seconds, peak = run_measured([sys.executable, "-m", "stemma", "compile", str(checkpoint), "-o", str(artifact), *options])
+            seconds, peak = run_measured(
+                [sys.executable, "-m", "stemma", "compile", str(checkpoint), "-o", str(artifact), *options]
+            )
         command = [sys.executable, "-m", "stemma", "bench", str(artifact), "--rounds", "1", "--threads", str(threads), "--json",
                    "--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW)]  # fmt: skip
         code = f"import time, stemma; t = time.perf_counter(); stemma.load({str(artifact)!r}); print(time.perf_counter() - t)"
@@ -115,8 +117,9 @@ def report(systems: list[System], checkpoint: Path, threads: int, rounds: int) -
     lines = [
         f"# Llama-3.2-1B shape, {datetime.date.today()}",
         "",
-        f"{platform.machine()}, {threads} threads, {rounds} interleaved rounds, median [min-max]; prefill of {PROMPT}, decode of {NEW} "
-        f"tokens at batch 1. Read bandwidth measured in the same run: {spread([b / 1e9 for b in bandwidth])} GB/s. Share: bytes of the "
+        f"{platform.machine()}, {threads} threads, {rounds} interleaved rounds, median [min-max]; prefill of {PROMPT}, "
+        f"decode of {NEW} tokens at batch 1. Read bandwidth measured in the same run: {spread([b / 1e9 for b in bandwidth])} GB/s. Share: "
+        "bytes of the "
         "file times decode tokens/s over that median.",
         "",
         "| system | GB | decode tok/s | share | prefill tok/s | between steps us | compile s | peak / checkpoint | load s |",
@@ -127,7 +130,17 @@ def report(systems: list[System], checkpoint: Path, threads: int, rounds: int) -
         compiled = f"{s.compile_seconds:.0f}" if s.compile_seconds else "-"
         peak = f"{s.compile_peak / size:.2f}" if s.compile_peak else "-"
         load = f"{s.load_seconds:.3f}" if s.load_seconds else "-"
-        row = (s.name, f"{s.bytes / 1e9:.2f}", spread(s.decode), f"{share:.0%}", spread(s.prefill, 0), spread(s.between, 0), compiled, peak, load)
+        row = (
+            s.name,
+            f"{s.bytes / 1e9:.2f}",
+            spread(s.decode),
+            f"{share:.0%}",
+            spread(s.prefill, 0),
+            spread(s.between, 0),
+            compiled,
+            peak,
+            load,
+        )
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
@@ -149,7 +162,10 @@ def main() -> None:
     for number in range(arguments.rounds):
         for system in systems:
             measure(system)
-            print(f"round {number + 1}: {system.name}: decode {system.decode[-1]:.1f}, prefill {system.prefill[-1]:.0f}", file=sys.stderr)
+            print(
+                f"round {number + 1}: {system.name}: decode {system.decode[-1]:.1f}, prefill {system.prefill[-1]:.0f}",
+                file=sys.stderr,
+            )
     text = report(systems, arguments.checkpoint, arguments.threads, arguments.rounds)
     print(text)
     if arguments.output:

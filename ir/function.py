@@ -42,9 +42,7 @@ class Function:
     result_names: tuple[str, ...]
     _nodes: tuple[Node, ...] | None
 
-    def __new__(
-        cls, name: str, params: Iterable[Node], results: Mapping[str, Node] | Iterable[tuple[str, Node]]
-    ) -> Function:
+    def __new__(cls, name: str, params: Iterable[Node], results: Mapping[str, Node] | Iterable[tuple[str, Node]]) -> Function:
         pairs = tuple(results.items() if isinstance(results, Mapping) else results)
         key = (name, tuple(params), pairs)
         self = cls._table.get(key)

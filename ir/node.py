@@ -157,9 +157,7 @@ class Op:
 
     def __init__(self) -> None:
         signature = inspect.signature(self.infer)
-        self.defaults = {
-            p.name: p.default for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
+        self.defaults = {p.name: p.default for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
     def flops(self, type: Type, *inputs: Type, **attrs: Any) -> SizeLike:
         """One operation per result element, the default."""

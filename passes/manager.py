@@ -1,6 +1,6 @@
 """The pass manager: runs a pipeline, verifies around every pass, times it, records it, dumps every state, compares results.
 
-    result = run_pipeline(module, (Canonicalize(), Raise()), context, dump=Path("dump"), verify_each=True)
+result = run_pipeline(module, (Canonicalize(), Raise()), context, dump=Path("dump"), verify_each=True)
 """
 
 from __future__ import annotations

@@ -171,5 +171,3 @@ def attention_mask(
     if attributes is None:
         raise NoMatch(f"the mask stays an operand: no causal= and window= express {seen}")
     return ops.attention(q, k, v, causal=attributes[0], window=attributes[1], scale=scale, softcap=softcap)
-
-

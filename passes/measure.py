@@ -44,7 +44,9 @@ class Meter:
         self.documents = [np.asarray(d) for d in calibration if len(d) > 1]
         self._reference: list[Array] = []
         if self.language and not self.documents:
-            raise PassError("A lossy pass needs at least two tokens of calibration text to measure its cost. Give --calibration FILE.")
+            raise PassError(
+                "A lossy pass needs at least two tokens of calibration text to measure its cost. Give --calibration FILE."
+            )
 
     def __call__(self, after: Module) -> Loss:
         """What the changes so far cost."""

@@ -1,6 +1,6 @@
 """The pipelines: literal lists of passes. This file is the compiler's table of contents.
 
-    plain graph -> RAISING -> preset and user passes -> LANGUAGE_MODEL or OTHER_MODEL -> code generation
+plain graph -> RAISING -> preset and user passes -> LANGUAGE_MODEL or OTHER_MODEL -> code generation
 """
 
 from __future__ import annotations

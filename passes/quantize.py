@@ -1,7 +1,7 @@
 """Weight quantization, round to nearest, and rounding of activations: the lossy passes every model can take.
 
-    linear(x, w)  ->  linear(x, quantize(w, "int4_g64"))         Quantize
-    linear(x, w)  ->  linear(quantize(x, "q8_g64"), w)           RoundActivations
+linear(x, w)  ->  linear(x, quantize(w, "int4_g64"))         Quantize
+linear(x, w)  ->  linear(quantize(x, "q8_g64"), w)           RoundActivations
 """
 
 from __future__ import annotations

@@ -112,9 +112,7 @@ def attention_scale(
     softcap: float | None,
 ) -> Node:  # fmt: skip
     """attention(q * c, k, v, scale=s), attention(q, k * c, v, scale=s) -> attention(q, k, v, scale=s * c)"""
-    return ops.attention(
-        q, k, v, mask, causal=causal, window=window, scale=scale * factor, softcap=softcap
-    )
+    return ops.attention(q, k, v, mask, causal=causal, window=window, scale=scale * factor, softcap=softcap)
 
 
 def _repeated(x: Any, apart: Any, wide: Any, joined: Any) -> Any:

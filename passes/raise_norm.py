@@ -28,9 +28,7 @@ def _check_mean(x: Node, inverse: float | None, count: float | None, axes: tuple
 
 
 @rule(
-    lambda x, inverse, count, axes, eps: (
-        x * ops.rsqrt(_mean(any_of(x * x, ops.pow(x, 2.0)), inverse, count, axes) + scalar(eps))
-    ),
+    lambda x, inverse, count, axes, eps: x * ops.rsqrt(_mean(any_of(x * x, ops.pow(x, 2.0)), inverse, count, axes) + scalar(eps)),
     cases=[{"x": X3, "inverse": 0.25, "count": 4.0, "axes": (2,), "eps": 1e-5}],
 )
 def rms_norm(x: Node, inverse: float | None, count: float | None, axes: tuple[int, ...], eps: float) -> Node:
@@ -94,5 +92,9 @@ class RaiseNorm(RulePass):
 
     name: ClassVar[str] = "raise_norm"
     rules: ClassVar[tuple[Rule, ...]] = (
-        layer_norm, layer_norm_weight, layer_norm_bias, rms_norm, rms_norm_weight,
+        layer_norm,
+        layer_norm_weight,
+        layer_norm_bias,
+        rms_norm,
+        rms_norm_weight,
     )  # fmt: skip  (layer_norm first: a centred chain is also an rms_norm of what is centred)

@@ -1,7 +1,7 @@
 """Finding passes and rules by name: ours, those of installed packages (entry point group `stemma.passes`), and a user's file.
 
-    make_pass("quantize{bits=4,group=64}")
-    make_pass("./my_pass.py:MyPass{alpha=0.5}")
+make_pass("quantize{bits=4,group=64}")
+make_pass("./my_pass.py:MyPass{alpha=0.5}")
 """
 
 from __future__ import annotations

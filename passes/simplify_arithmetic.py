@@ -149,8 +149,7 @@ def same_cast(x: Node) -> Node:
 @rule(
     lambda x, a, b: ops.cast(ops.cast(x, dtype=a), dtype=b),
     cases=[
-        {"x": x, "a": a, "b": b}
-        for x, a, b in (("bf16[n]", "f32", "bf16"), ("i32[n]", "i64", "f32"), ("bool[n]", "i64", "f32"))
+        {"x": x, "a": a, "b": b} for x, a, b in (("bf16[n]", "f32", "bf16"), ("i32[n]", "i64", "f32"), ("bool[n]", "i64", "f32"))
     ],
 )
 def double_cast(x: Node, a: str, b: str) -> Node:

@@ -69,4 +69,8 @@ def _bits(model: Model, path: str | Path) -> Iterator[Claim]:
         together = model.generate_ids([list(map(int, p)) for p in prompts], **options)
         apart = [model.generate_ids(list(map(int, p)), **options) for p in prompts]
         differing = sum(a != b for a, b in zip(together, apart, strict=True))
-        yield Claim(f"generated tokens do not depend on the batch (temperature {temperature})", differing == 0, f"{differing} of {len(prompts)} differ")
+        yield Claim(
+            f"generated tokens do not depend on the batch (temperature {temperature})",
+            differing == 0,
+            f"{differing} of {len(prompts)} differ",
+        )

@@ -196,4 +196,3 @@ def explain_rule(name: str, model: str | Path, count: int = 5) -> list[dict[str,
         module = run_pipeline(module, RAISING, PassContext(weights=weights)).module
     found = [(rule.name, match) for rule in rules for match in explain(rule, module)]
     return [{"rule": rule, "text": str(match)} for rule, match in found[:count]]
-

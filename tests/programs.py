@@ -26,7 +26,9 @@ def tiny_lm(
     embedding = weight("embedding", vocab, hidden)
     h = ops.embedding(embedding, ids)
     positions = ops.cast(ops.reshape(ops.iota(size=TOKENS), shape=(1, 1, TOKENS)), dtype="f32")
-    angles = ops.transpose(ops.matmul(ops.reshape(weight("frequencies", width // 2), shape=(1, width // 2, 1)), positions), axes=(0, 2, 1))
+    angles = ops.transpose(
+        ops.matmul(ops.reshape(weight("frequencies", width // 2), shape=(1, width // 2, 1)), positions), axes=(0, 2, 1)
+    )
     angles = ops.concat(angles, angles, axis=2)
     cos, sin = (ops.reshape(f(angles), shape=(1, 1, TOKENS, width)) for f in (ops.cos, ops.sin))
 

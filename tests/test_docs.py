@@ -1,4 +1,4 @@
-"""Every code block of the README and of docs/ runs: ```python in one namespace per page, ```bash line by line, in a scratch folder."""
+"""Every code block of the README and of docs/ runs: ```python in one namespace per page, ```bash line by line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_code_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPat
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
     namespace: dict[str, object] = {"__name__": "__main__"}
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
-    assert {language for language, _ in blocks} <= {"python", "bash", "sh", "text", "console"}, "a block of a language that nothing runs"
+    assert {language for language, _ in blocks} <= {"python", "bash", "sh", "text", "console"}, (
+        "a block of a language that nothing runs"
+    )
     for language, code in blocks:
         if language == "python":
             exec(compile(code, f"{page.name}", "exec", dont_inherit=True), namespace)

@@ -25,7 +25,9 @@ def step_of(module: Module) -> Module:
     return step
 
 
-def feed(step: Function, weights: dict[str, Array], sequences: list[Array], calls: list[list[tuple[int, int]]], seed: int) -> list[Array]:
+def feed(
+    step: Function, weights: dict[str, Array], sequences: list[Array], calls: list[list[tuple[int, int]]], seed: int
+) -> list[Array]:
     """Logits per sequence from calls that each list (sequence, position) rows, over randomly scattered cache slots."""
     rng = np.random.default_rng(seed)
     table = rng.permutation(SLOTS).reshape(len(sequences), -1).astype(np.int32)
@@ -49,9 +51,7 @@ def feed(step: Function, weights: dict[str, Array], sequences: list[Array], call
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3), window=st.sampled_from([None, 1, 3]),
     softcap=st.sampled_from([None, 2.0]), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_any_schedule_equals_the_plain_forward(
-    lengths: list[int], window: int | None, softcap: float | None, seed: int
-) -> None:
+def test_any_schedule_equals_the_plain_forward(lengths: list[int], window: int | None, softcap: float | None, seed: int) -> None:
     """Prefill in chunks, one by one, several sequences of different lengths interleaved: float64 equality up to rounding."""
     if SLOTS % len(lengths):
         lengths = lengths[:2]

@@ -10,8 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stemma.ir import (
-    OPS, Function, Module, Node, ParseError, Size, SizeLike, StemmaError, Tensor, TypeMismatch, VerifyError, dim, dtype, interpret,
-    ops, parse_module, print_module, quantize_array, size, stamp, verify,
+    OPS,
+    Function,
+    Module,
+    Node,
+    ParseError,
+    Size,
+    SizeLike,
+    StemmaError,
+    Tensor,
+    TypeMismatch,
+    VerifyError,
+    dim,
+    dtype,
+    interpret,
+    ops,
+    parse_module,
+    print_module,
+    quantize_array,
+    size,
+    stamp,
+    verify,
 )  # fmt: skip
 from tests.programs import tiny_lm
 
@@ -97,7 +116,10 @@ def test_text_of_awkward_things() -> None:
     y = y * float("nan")
     sizes = ops.size_value(size=size.maximum(A * 2 - 3, size.floordiv(B + 1, 2)))
     text = roundtrip(
-        Function("f", [x], {"y": y, "s": ops.get(both, index=1), "n": sizes}), note='quotes " and \\', nested=((1, 2.5), ()), none=None
+        Function("f", [x], {"y": y, "s": ops.get(both, index=1), "n": sizes}),
+        note='quotes " and \\',
+        nested=((1, 2.5), ()),
+        none=None,
     )
     assert "inf" in text and "nan" in text
 
@@ -219,12 +241,20 @@ def test_decompositions_mean_the_same() -> None:
     k = ops.param(name="k", type=Tensor("f32", (1, 2, A, 8)))
     cases = [ops.gelu(x, approximate=a) for a in ("none", "tanh", "sigmoid")]
     cases += [ops.gated(x, x * 2.0, activation=a) for a in ("silu", "gelu", "gelu_tanh")]
-    cases += [ops.silu(x), ops.softmax(x, axis=1), ops.rms_norm(x, w, eps=1e-6), ops.layer_norm(x, w, w, eps=1e-6), ops.rope(x, x, x)]
+    cases += [
+        ops.silu(x),
+        ops.softmax(x, axis=1),
+        ops.rms_norm(x, w, eps=1e-6),
+        ops.layer_norm(x, w, w, eps=1e-6),
+        ops.rope(x, x, x),
+    ]
     for window, softcap, causal in ((None, None, True), (2, 3.0, True), (2, None, False)):
         cases.append(ops.attention(q, k, k, causal=causal, window=window, scale=0.3, softcap=softcap))
     named = [(f"{i}{side}", n) for i, c in enumerate(cases) for side, n in (("a", c), ("b", c.op.decompose(*c.inputs, **c.attrs)))]
     rng = np.random.default_rng(0)
-    result = interpret(Function("f", [x, w, q, k], named), [rng.standard_normal(s) for s in ((5, 6, 8), (8,), (1, 4, 5, 8), (1, 2, 5, 8))])
+    result = interpret(
+        Function("f", [x, w, q, k], named), [rng.standard_normal(s) for s in ((5, 6, 8), (8,), (1, 4, 5, 8), (1, 2, 5, 8))]
+    )
     for i, case in enumerate(cases):
         np.testing.assert_allclose(result[f"{i}a"], result[f"{i}b"], rtol=1e-12, atol=1e-13, err_msg=case.op.name)
 

@@ -19,7 +19,18 @@ MAY_IMPORT = {
     "backends": {"ir", "codegen", "backends"},
     "runtime": {"runtime"},
 }
-HEAVY = {"torch", "transformers", "jinja2", "typer", "rich", "tokenizers", "stemma.ir", "stemma.passes", "stemma.codegen", "stemma.frontend"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "jinja2",
+    "typer",
+    "rich",
+    "tokenizers",
+    "stemma.ir",
+    "stemma.passes",
+    "stemma.codegen",
+    "stemma.frontend",
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -79,7 +79,10 @@ def print_roofline(kernels: list) -> None:  # type: ignore[type-arg]
         total = groups.setdefault((k.name, k.what), [0, 0, 0, 0, 0])
         for i, value in enumerate((1, k.flops / 1e6, k.bytes / 1e6, k.predicted * 1e6, k.seconds * 1e6)):
             total[i] += value
-    rows = [(f"{name} ({what})" if what else name, int(v[0]), *v[1:], f"{v[3] / v[4]:.0%}" if v[4] else "-") for (name, what), v in groups.items()]
+    rows = [
+        (f"{name} ({what})" if what else name, int(v[0]), *v[1:], f"{v[3] / v[4]:.0%}" if v[4] else "-")
+        for (name, what), v in groups.items()
+    ]
     rows.sort(key=lambda row: -float(row[5]))
     sums = [sum(float(row[i]) for row in rows) for i in range(1, 6)]
     rows.append(("all", int(sums[0]), *sums[1:], f"{sums[3] / sums[4]:.0%}" if sums[4] else "-"))

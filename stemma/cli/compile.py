@@ -16,12 +16,16 @@ def compile_command(
     source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder: config.json, *.safetensors, tokenizer.json.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write, model.stemma.")],
     target: Annotated[str, typer.Option(help="Comma-separated targets; `stemma targets` lists them.")] = "cpu",
-    preset: Annotated[str, typer.Option(help="exact: the checkpoint's weights, f32 arithmetic. balanced: int8. small: int4.")] = "exact",
+    preset: Annotated[
+        str, typer.Option(help="exact: the checkpoint's weights, f32 arithmetic. balanced: int8. small: int4.")
+    ] = "exact",
     passes: Annotated[
         list[str] | None,
         typer.Option("--pass", help='A pass to add, repeatable: "quantize{bits=4,group=64}" or "./my_pass.py:MyPass{alpha=0.5}".'),
     ] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Text to measure losses on. Default: Python's own library source.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Text to measure losses on. Default: Python's own library source.")
+    ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens of calibration text to use.")] = 256,
     max_kl: Annotated[float | None, typer.Option(help="Fail when the mean KL divergence (nats per token) is above this.")] = None,
     max_perplexity: Annotated[float | None, typer.Option(help="Fail when perplexity grows by more than this factor.")] = None,
@@ -55,4 +59,3 @@ def compile_command(
             console.print(f"note: {note}", markup=False)
 
     show(report.as_json(), text)
-

@@ -17,7 +17,9 @@ def inspect_command(
     ir: Annotated[bool, typer.Option("--ir", help="Print the final IR.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print the launches: operations, barriers, who made them.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Print every packed weight.")] = False,
-    roofline: Annotated[bool, typer.Option("--roofline", help="Run one step and print each kernel's floor and measured time.")] = False,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Run one step and print each kernel's floor and measured time.")
+    ] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write everything into one HTML page.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="New tokens of the step that --roofline measures.")] = 1,
     context: Annotated[int, typer.Option(min=0, help="Cached tokens before them.")] = 128,
@@ -55,7 +57,10 @@ def _write_page(html: Path, manifest: dict[str, Any], model: Path) -> None:
 
 
 def _summary(path: Path, manifest: dict[str, Any]) -> None:
-    console.print(f"{manifest['name']} ({manifest['kind']}), {human_bytes(path.stat().st_size)}, made by stemma {manifest['stemma']}", markup=False)
+    console.print(
+        f"{manifest['name']} ({manifest['kind']}), {human_bytes(path.stat().st_size)}, made by stemma {manifest['stemma']}",
+        markup=False,
+    )
     for target, entry in manifest["targets"].items():
         console.print(f"target {target}: {', '.join(entry['variants'])}", markup=False)
     for name, function in manifest["functions"].items():
@@ -72,7 +77,12 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
         total[1] += tensor["bytes"]
     table(("weights", "tensors", "bytes"), [(k, v[0], v[1]) for k, v in by_type.items()])
     passes = [
-        (p["name"], p["label"], ", ".join(f"{k}={v}" for k, v in p["options"].items()), quality(p["loss"]) if p["label"] == "lossy" else "")
+        (
+            p["name"],
+            p["label"],
+            ", ".join(f"{k}={v}" for k, v in p["options"].items()),
+            quality(p["loss"]) if p["label"] == "lossy" else "",
+        )
         for p in manifest["passes"]
     ]
     table(("pass", "label", "options", "measured against the checkpoint"), passes)
@@ -84,12 +94,16 @@ def _type(tensor: dict[str, Any]) -> str:
 
 def _plan(manifest: dict[str, Any]) -> None:
     for name, function in manifest["functions"].items():
-        rows = [(x["stage"], x["op"], x["what"], str(x["flops"]), str(x["bytes"]), x["by"], x["line"]) for x in function["launches"]]
+        rows = [
+            (x["stage"], x["op"], x["what"], str(x["flops"]), str(x["bytes"]), x["by"], x["line"]) for x in function["launches"]
+        ]
         table(("stage", "kernel", "how", "FLOP", "bytes", "by", "from"), rows, name)
 
 
 def _weights(manifest: dict[str, Any]) -> None:
-    rows = [(t["name"], t["dtype"], "x".join(map(str, t["shape"])), t["offset"], t["bytes"]) for t in manifest["weights"]["tensors"]]
+    rows = [
+        (t["name"], t["dtype"], "x".join(map(str, t["shape"])), t["offset"], t["bytes"]) for t in manifest["weights"]["tensors"]
+    ]
     table(("weight", "type", "shape", "offset", "bytes"), rows)
 
 
@@ -103,8 +117,12 @@ def _roofline(path: Path, rows: int, context: int) -> None:
     kernels = roofline(loaded, ceilings, rows=rows, context=context)
 
     def text() -> None:
-        units = ", ".join(f"{n} {v / 1e9:.0f} Gop/s" for n, v in (("f32", ceilings.f32), ("bf16", ceilings.bf16), ("int8", ceilings.int8)) if v)
-        console.print(f"{loaded.threads} threads, {loaded.variant}: reads {ceilings.bandwidth / 1e9:.1f} GB/s, {units}", markup=False)
+        units = ", ".join(
+            f"{n} {v / 1e9:.0f} Gop/s" for n, v in (("f32", ceilings.f32), ("bf16", ceilings.bf16), ("int8", ceilings.int8)) if v
+        )
+        console.print(
+            f"{loaded.threads} threads, {loaded.variant}: reads {ceilings.bandwidth / 1e9:.1f} GB/s, {units}", markup=False
+        )
         print_roofline(kernels)
 
     show({"ceilings": vars(ceilings), "kernels": [vars(k) | {"share": k.share} for k in kernels]}, text)

@@ -10,11 +10,16 @@ from stemma.cli.output import human_bytes
 from stemma.cli.quality import quality
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #222; background: #fff }
-table { border-collapse: collapse; margin: .5rem 0 1.5rem; width: 100% } th, td { text-align: left; padding: .25rem .6rem; vertical-align: top }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+body { color: #222; background: #fff }
+table { border-collapse: collapse; margin: .5rem 0 1.5rem; width: 100% }
+th, td { text-align: left; padding: .25rem .6rem; vertical-align: top }
 th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } td.n { text-align: right; font-variant-numeric: tabular-nums }
 code { font-size: 13px } .lossy { color: #a40000; font-weight: 600 } .identical { color: #1a6b1a }
-@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } td { border-color: #333 } .lossy { color: #ff8a80 } .identical { color: #8fd18f } }
+@media (prefers-color-scheme: dark) {
+  body { background: #181818; color: #ddd } td { border-color: #333 }
+  .lossy { color: #ff8a80 } .identical { color: #8fd18f }
+}
 """
 
 
@@ -22,14 +27,21 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
     """The page for an artifact of `size` bytes."""
     parts = [f"<h1>{escape(manifest['name'])}</h1>", f"<p>{_summary(manifest, size)}</p>"]
     loss = manifest.get("loss")
-    verdict = f"<span class=lossy>lossy</span>: {escape(quality(loss))}" if loss else "<span class=identical>identical</span> to the checkpoint"
+    verdict = (
+        f"<span class=lossy>lossy</span>: {escape(quality(loss))}"
+        if loss
+        else "<span class=identical>identical</span> to the checkpoint"
+    )
     parts.append(f"<p>Results are {verdict}.</p>")
     passes = [
         (p["name"], f"<span class={p['label']}>{p['label']}</span>", ", ".join(f"{k}={v}" for k, v in p["options"].items()),
          f"{p['seconds'] * 1e3:.0f}", quality(p["loss"]) if p["label"] == "lossy" else "")
         for p in manifest["passes"]
     ]  # fmt: skip
-    parts += ["<h2>Passes</h2>", _table(("pass", "label", "options", "ms", "measured against the checkpoint"), passes, html={1}, numbers={3})]
+    parts += [
+        "<h2>Passes</h2>",
+        _table(("pass", "label", "options", "ms", "measured against the checkpoint"), passes, html={1}, numbers={3}),
+    ]
     for name, function in manifest["functions"].items():
         rows = [(x["stage"], x["op"], x["what"], x["flops"], x["bytes"], x["line"]) for x in function["launches"]]
         parts += [f"<h2>{escape(name)}: {len(rows)} launches</h2>"]
@@ -37,7 +49,9 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
     weights = [(t["name"], t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}") for t in manifest["weights"]["tensors"]]
     parts += ["<h2>Weights</h2>", _table(("weight", "type", "shape", "bytes"), weights, numbers={3})]
     title = f"<title>{escape(manifest['name'])}</title>"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style><body>{"".join(parts)}</body></html>\n'
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style><body>{"".join(parts)}</body></html>\n'
+    )
 
 
 def _summary(manifest: Mapping[str, Any], size: int) -> str:
@@ -45,7 +59,9 @@ def _summary(manifest: Mapping[str, Any], size: int) -> str:
     return escape(f"{manifest['kind']}, {human_bytes(size)}, made by stemma {manifest['stemma']}; {targets}")
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]], html: set[int] | None = None, numbers: set[int] | None = None) -> str:
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], html: set[int] | None = None, numbers: set[int] | None = None
+) -> str:
     def cell(index: int, value: object) -> str:
         kind = " class=n" if index in (numbers or ()) else ""
         return f"<td{kind}>{value if index in (html or ()) else escape(str(value))}</td>"

@@ -18,7 +18,9 @@ def run_command(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k most likely tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens of this total probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the most likely tokens of this total probability.")
+    ] = 1.0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Drop tokens below this share of the most likely one.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.0, help="Divide the logits of tokens seen before by this.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text, repeatable.")] = None,
@@ -52,7 +54,8 @@ def run_command(
         console.print()
         console.print(
             f"[{statistics.prompt_tokens} prompt tokens at {statistics.prefill_tokens_per_second:.0f}/s, "
-            f"{statistics.new_tokens} new at {statistics.decode_tokens_per_second:.1f}/s, {loaded.variant}, {loaded.threads} threads]",
+            f"{statistics.new_tokens} new at {statistics.decode_tokens_per_second:.1f}/s, "
+            f"{loaded.variant}, {loaded.threads} threads]",
             style="dim", markup=False,
         )  # fmt: skip
         loss = loaded.manifest.raw.get("loss")

@@ -16,8 +16,8 @@ from stemma.backends.base import Backend, Built
 from stemma.codegen import pack
 from stemma.codegen.artifact import Member, Stream, write_artifact
 from stemma.codegen.emit import emit, function_table
+from stemma.codegen.join import join
 from stemma.codegen.legalize import Offers, legalize
-from stemma.codegen.pairs import join_pairs
 from stemma.codegen.schedule import Packed, Schedule, Weights, schedule
 from stemma.ir import CompileError, Module, WeightStore, print_module
 
@@ -53,7 +53,7 @@ class BuildReport:
 def program(module: Module, backend: Backend, title: str = "") -> Program:
     """Legalize, schedule, plan and emit. CompileError names every operation that the backend cannot run."""
     offers = Offers(backend)
-    functions = legalize(tuple(join_pairs(f, offers) for f in module), offers)
+    functions = legalize(tuple(join(join(f, offers), offers) for f in module), offers)
     weights = Weights(offers)
     schedules = tuple(schedule(f, offers, weights) for f in functions)
     layout = pack.place(weights.table)

@@ -11,6 +11,7 @@ from typing import Any
 
 from stemma.backends.base import Argument, Claim, Inputs, Kernel, Refusal
 from stemma.backends.cpu.epilogue import Epilogue
+from stemma.backends.cpu.pack import q8_row_bytes
 from stemma.ir import Function, Node, SizeLike, Tensor, dtype, size
 
 LINEAR_WEIGHTS = ("f32", "bf16", "int8", "int4_g32", "int4_g64", "int4_g128")
@@ -122,7 +123,7 @@ def embedding(body: Function, inputs: Inputs) -> Answer:
 
 
 def norm(body: Function, inputs: Inputs) -> Answer:
-    """rms_norm or layer_norm over the last axis, with the residual addition before it (two results: sum and norm)."""
+    """rms_norm or layer_norm over the last axis, after a residual addition (two results: sum and norm), rounded or not."""
     found = [n for n in body.nodes if n.op.name in ("rms_norm", "layer_norm")]
     if not found:
         return None
@@ -135,15 +136,18 @@ def norm(body: Function, inputs: Inputs) -> Answer:
     residual = x.op.name == "add" and all(i in at and i.tensor == x.tensor for i in x.inputs)
     if not residual and x not in at:
         return Refusal("a norm is claimed of an input or of the sum of two inputs")
-    if others := set(body.nodes) - {anchor, x, *body.params}:
+    last = next((r for r in body.results if r.op.name in ("quantize", "cast") and r.inputs[0] is anchor), anchor)
+    if others := set(body.nodes) - {anchor, x, last, *body.params}:
         return Refusal(f"{', '.join(sorted(n.op.name for n in others))} next to a norm is not claimed")
-    if not set(body.results) <= {anchor, x} or anchor not in body.results or len(set(body.results)) != len(body.results):
+    if not set(body.results) <= {last, x} or last not in body.results or len(set(body.results)) != len(body.results):
         return Refusal("the results must be the norm and the sum")
     if x in at and x in body.results:
         return Refusal("the results must be the norm and the sum")
+    if last.dtype not in ("f32", "bf16", *ACTIVATIONS) or (last.dtype == "bf16" and x.shape[-1] % 2):
+        return Refusal(f"a norm is not stored as {last.dtype}")
     used = kernel(
         "norm", kind="rms" if anchor.op.name == "rms_norm" else "layer", eps=float(anchor.attrs["eps"]),
-        weight=len(parameters) > 0, bias=len(parameters) > 1, residual=residual, output="f32", weight_offset=0.0,
+        weight=len(parameters) > 0, bias=len(parameters) > 1, residual=residual, output=last.dtype, weight_offset=0.0,
     )  # fmt: skip
     width = x.shape[-1]
     total = ("output", body.results.index(x)) if x in body.results else ("scratch", x.tensor.bytes)
@@ -151,9 +155,19 @@ def norm(body: Function, inputs: Inputs) -> Answer:
     call = arguments(
         rows(x.tensor), 1, width, ("input", first), width,
         *((("input", at[x.inputs[1]]), total) if residual else ()),
-        *(("input", at[p]) for p in parameters), ("output", body.results.index(anchor)), width,
+        *(("input", at[p]) for p in parameters), ("output", body.results.index(last)), width,
     )  # fmt: skip
-    return Claim(used, call, what="with residual" if residual else "")
+    what = ", ".join(w for w in ("with residual" * residual, f"to {last.dtype}" * (last is not anchor)) if w)
+    return Claim(used, call, output_bytes=_stored(last, body.results.index(last)), what=what)
+
+
+def _stored(result: Node, index: int) -> dict[int, SizeLike]:
+    """The bytes of 8-bit activations in the layout of the kernels; nothing for plain element types."""
+    if result.dtype not in ACTIVATIONS:
+        return {}
+    width = result.shape[-1]
+    assert isinstance(width, int)
+    return {index: rows(result.tensor) * q8_row_bytes(width, dtype(result.dtype).group)}
 
 
 def quantize_rows(body: Function, inputs: Inputs) -> Answer:
@@ -172,11 +186,7 @@ def quantize_rows(body: Function, inputs: Inputs) -> Answer:
         return None
     used = kernel("quantize_rows", output=output)
     call = arguments(rows(x.tensor), columns, ("input", 0), ("output", 0))
-    if output == "bf16":
-        return Claim(used, call)
-    from stemma.backends.cpu.pack import q8_row_bytes
-
-    return Claim(used, call, output_bytes={0: rows(x.tensor) * q8_row_bytes(columns, dtype(output).group)})
+    return Claim(used, call, output_bytes=_stored(anchor, 0))
 
 
 def cache_write(body: Function, inputs: Inputs) -> Answer:

@@ -98,6 +98,22 @@ _extreme("max", ops.reduce_max, flip=False)
 _extreme("min", ops.reduce_min, flip=True)
 
 
+@lower("aten.topk.default")
+def topk(call: Call, x: Node, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> list[Node]:
+    """The k largest in order, one maximum after the other: for the few experts of a router, not for long lists."""
+    dim = axis(dim, x.tensor.rank)
+    if not isinstance(k, int) or not 1 <= k <= 16 or not x.tensor.is_float:
+        raise Unsupported("topk is lowered for 1 to 16 floats only")
+    rest, values, positions = x if largest else -x, [], []
+    index = reshape(ops.iota(size=x.shape[dim]), [s if i == dim else 1 for i, s in enumerate(x.shape)])
+    for _ in range(k):
+        positions.append(ops.argmax(rest, axis=dim, keepdims=True))
+        values.append(ops.reduce_max(rest, axes=(dim,), keepdims=True))
+        rest = ops.where(ops.eq(index, positions[-1]), constant(-math.inf, x.dtype), rest)
+    found = values[0] if k == 1 else ops.concat(*values, axis=dim)
+    return [found if largest else -found, positions[0] if k == 1 else ops.concat(*positions, axis=dim)]
+
+
 def _quantifier(name: str, op: Any) -> None:
     @lower(f"aten.{name}.default", f"aten.{name}.dim", f"aten.{name}.dims")
     def function(call: Call, x: Node, dim: Dims = None, keepdim: bool = False) -> Node:

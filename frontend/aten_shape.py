@@ -344,6 +344,21 @@ def select_scatter(call: Call, x: Node, source: Node, dim: int, index: SizeLike)
     return slice_scatter(call, x, reshape(source, shape), dim, clamp_bound(index, x.shape[dim], 0))
 
 
+@lower("aten.scatter.value", "aten.scatter.src")
+def scatter(call: Call, x: Node, dim: int, indices: Node, source: Value) -> Node:
+    """One step of the index axis after the other, so that the last of equal indices wins, for a few steps only."""
+    dim = axis(dim, x.tensor.rank)
+    steps = indices.shape[dim]
+    same = all(i == dim or s == e for i, (s, e) in enumerate(zip(indices.shape, x.shape, strict=True)))
+    if not same or not isinstance(steps, int) or steps > 16:
+        raise Unsupported("a scatter is lowered for at most 16 indices along its axis, and all of the other axes")
+    place = reshape(ops.iota(size=x.shape[dim]), [s if i == dim else 1 for i, s in enumerate(x.shape)])
+    for i in range(steps):
+        value = part(source, dim, i, 1) if isinstance(source, Node) and source.tensor.rank else source
+        x = ops.where(ops.eq(place, part(indices, dim, i, 1)), node(value, x.dtype), x)
+    return x
+
+
 @lower("aten.index_copy.default")
 def index_copy(call: Call, x: Node, dim: int, indices: Node, source: Node) -> Node:
     return ops.scatter(x, indices, source, axis=axis(dim, x.tensor.rank))

@@ -16,7 +16,7 @@ from stemma.ir import Node, Size, SizeLike, Tensor, UnsupportedError, ops, size,
 from stemma.ir.errors import TypeMismatch
 
 _DROPPED = ("aten._assert", "aten.sym_constrain", "aten._functional_assert")
-_DATA_DEPENDENT = re.compile(r"nonzero|unique|masked_select|item|topk|sort|bincount|multinomial|rand|bernoulli")
+_DATA_DEPENDENT = re.compile(r"nonzero|unique|masked_select|item|bincount|multinomial|rand|bernoulli")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ([^\n]+)\n\s*([^\n]*)')
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -69,6 +69,33 @@ def test_architecture_equals_transformers(architecture: str, tmp_path: Path) -> 
     assert stored in kinds and all(n.dtype == "f32" for n in module["forward"].results)
 
 
+_SMALL = dict(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+              max_position_embeddings=128)  # fmt: skip
+OTHERS: dict[str, dict[str, Any]] = {
+    "GPTNeoXForCausalLM": _SMALL,
+    "MixtralForCausalLM": dict(_SMALL, num_key_value_heads=2, num_local_experts=4),
+    "ResNetForImageClassification": dict(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], image_size=32),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_classes_that_nothing_here_names_just_work(name: str, tmp_path: Path) -> None:
+    """Experts, parallel residuals, convolutions with batch normalisation: by general lowerings, with no word about them in ours."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**OTHERS[name])).save_pretrained(tmp_path, save_original_format=False)
+    module, store = trace_checkpoint(tmp_path)
+    roundtrip(module)
+    agree(module, store, reference(tmp_path, name), (2, 9), (1, 1))
+
+
+def test_experts_stored_one_by_one_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**OTHERS["MixtralForCausalLM"])
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match="experts.*save_original_format=False"):
+        trace_checkpoint(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama checkpoint in bf16, in one file, with tied embeddings; tests copy it before they break it."""

@@ -80,6 +80,8 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
     "reductions": lambda x: x.sum(-1) + x.mean(-1) + x.amax(-1) + x.amin(-1) + x.var(-1) + x.std(-1, correction=0) + x.norm(dim=-1),
     "reductions of all": lambda x: x.sum() + x.mean() + x.max() - x.min() + x.mean((0, 1)),
     "any and all": lambda x: [(x > 1).any(-1), (x > -9).all(), x.argmax(-1), x.argmin(1), *x.max(2), *x.min(-1, keepdim=True)],
+    "scatter": lambda x: x.scatter(2, x.topk(2)[1], 7.0) + x.scatter(2, x.topk(3)[1], x[..., :3]),
+    "topk": lambda x: [*x.topk(3), *x.topk(1, dim=1, largest=False)],
     "cumsum": lambda x: x.cumsum(1) + x.cumsum(-1),
     "softmax": lambda x: F.softmax(x, -1) + F.log_softmax(x, 1) + torch.softmax(x, 0, dtype=torch.float32),
     "glu": lambda x: F.glu(x),

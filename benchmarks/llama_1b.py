@@ -118,9 +118,8 @@ def report(systems: list[System], checkpoint: Path, threads: int, rounds: int) -
         f"# Llama-3.2-1B shape, {datetime.date.today()}",
         "",
         f"{platform.machine()}, {threads} threads, {rounds} interleaved rounds, median [min-max]; prefill of {PROMPT}, "
-        f"decode of {NEW} tokens at batch 1. Read bandwidth measured in the same run: {spread([b / 1e9 for b in bandwidth])} GB/s. Share: "
-        "bytes of the "
-        "file times decode tokens/s over that median.",
+        f"decode of {NEW} tokens at batch 1. Read bandwidth measured in the same run: "
+        f"{spread([b / 1e9 for b in bandwidth])} GB/s. Share: bytes of the file times decode tokens/s over that median.",
         "",
         "| system | GB | decode tok/s | share | prefill tok/s | between steps us | compile s | peak / checkpoint | load s |",
         "|---|---|---|---|---|---|---|---|---|",

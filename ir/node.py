@@ -159,9 +159,10 @@ class Op:
         signature = inspect.signature(self.infer)
         self.defaults = {p.name: p.default for p in signature.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
-    def flops(self, type: Type, *inputs: Type, **attrs: Any) -> SizeLike:
-        """One operation per result element, the default."""
-        return type.elements if isinstance(type, Tensor) else size.product([t.elements for t in type.items[:1]])
+    def flops(self, *types: Any, **attrs: Any) -> SizeLike:
+        """Arithmetic operations, from the result's and the inputs' types; by default one per element of the (first) result."""
+        result = types[0]
+        return (result if isinstance(result, Tensor) else result.items[0]).elements
 
     def cost(self, node: Node) -> Cost:
         """FLOPs and bytes of one evaluation that reads all inputs and writes all results once."""

@@ -31,8 +31,9 @@ def feed(
     """Logits per sequence from calls that each list (sequence, position) rows, over randomly scattered cache slots."""
     rng = np.random.default_rng(seed)
     table = rng.permutation(SLOTS).reshape(len(sequences), -1).astype(np.int32)
-    state = {p.attrs["name"]: rng.standard_normal((p.shape[0], SLOTS, p.shape[2])) for p in step.params[6:]}  # type: ignore[call-overload]
-    logits = [np.zeros((len(s), 50)) for s in sequences]
+    shapes = {p.attrs["name"]: tuple(SLOTS if i == 1 else int(str(n)) for i, n in enumerate(p.shape)) for p in step.params[6:]}
+    state = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+    logits: list[Array] = [np.zeros((len(s), 50)) for s in sequences]
     for rows in calls:
         sequence, positions = (np.array(column, np.int32) for column in zip(*rows, strict=True))
         inputs = {

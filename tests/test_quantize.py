@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stemma.ir import Module, PassError, Tensor, TypeMismatch, WeightStore, parse_module, print_module, quantize_array, verify
+from stemma.ir import (
+    Array,
+    Module,
+    PassError,
+    Tensor,
+    TypeMismatch,
+    WeightStore,
+    parse_module,
+    print_module,
+    quantize_array,
+    verify,
+)
 from stemma.passes.base import PassContext
 from stemma.passes.measure import Meter
 from stemma.passes.quantize import Quantize, RoundActivations
@@ -16,10 +29,10 @@ from tests.programs import tiny_lm
 pytestmark = pytest.mark.quick
 
 
-def store(weights: dict[str, np.ndarray]) -> WeightStore:  # type: ignore[type-arg]
+def store(weights: dict[str, Array]) -> WeightStore:
     result = WeightStore()
     for name, value in weights.items():
-        result.add(name, Tensor("f32", value.shape), lambda v=value: v)
+        result.add(name, Tensor("f32", value.shape), partial(np.asarray, value))
     return result
 
 

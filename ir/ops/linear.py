@@ -71,11 +71,11 @@ class Linear(Op):
         return product if bias is None else product + bias
 
     def decompose(self, x: Node, w: Node, bias: Node | None = None) -> Node:
-        wide = [dequantize(v) if dtype(v.dtype).kind == "quantized" else cast(v, dtype="f32") for v in (x, w)]
-        product: Node = matmul(wide[0], transpose(wide[1], axes=(1, 0))) if x.tensor.rank > 1 else None
-        if product is None:
+        if x.tensor.rank < 2:
             raise TypeMismatch("a linear of a vector has no decomposition; reshape it to [1, K]")
-        return product if bias is None else add(product, bias)
+        wide = [dequantize(v) if dtype(v.dtype).kind == "quantized" else cast(v, dtype="f32") for v in (x, w)]
+        product = matmul(wide[0], transpose(wide[1], axes=(1, 0)))
+        return product if bias is None else add(product, bias)  # type: ignore[no-any-return]
 
     def flops(self, type: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> SizeLike:
         return type.elements * x.shape[-1] * 2

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import typer
 
-from stemma.cli import bench, compile, inspect, listing, run, verify
+from stemma.cli.bench import bench_command
+from stemma.cli.compile import compile_command
+from stemma.cli.inspect import inspect_command
+from stemma.cli.listing import ops_command, passes_command, targets_command, why_command
+from stemma.cli.run import run_command
+from stemma.cli.verify import verify_command
 
 app = typer.Typer(
     name="stemma",
@@ -13,15 +18,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("compile")(compile.compile_command)
-app.command("run")(run.run_command)
-app.command("inspect")(inspect.inspect_command)
-app.command("bench")(bench.bench_command)
-app.command("verify")(verify.verify_command)
-app.command("passes")(listing.passes_command)
-app.command("ops")(listing.ops_command)
-app.command("targets")(listing.targets_command)
-app.command("why")(listing.why_command)
+app.command("compile")(compile_command)
+app.command("run")(run_command)
+app.command("inspect")(inspect_command)
+app.command("bench")(bench_command)
+app.command("verify")(verify_command)
+app.command("passes")(passes_command)
+app.command("ops")(ops_command)
+app.command("targets")(targets_command)
+app.command("why")(why_command)
 
 
 def main() -> None:

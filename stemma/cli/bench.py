@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stemma.cli.output import console, handled, human_bytes, json_option, progress, show, table
+
+if TYPE_CHECKING:
+    from stemma.runtime.roofline import KernelTime
 
 
 @handled
@@ -72,18 +76,15 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def print_roofline(kernels: list) -> None:  # type: ignore[type-arg]
+def print_roofline(kernels: Sequence[KernelTime]) -> None:
     """One row per kind of kernel, the largest first; the last row is the sum."""
     groups: dict[tuple[str, str], list[float]] = {}
     for k in kernels:
-        total = groups.setdefault((k.name, k.what), [0, 0, 0, 0, 0])
+        sums = groups.setdefault((k.name, k.what), [0.0] * 5)
         for i, value in enumerate((1, k.flops / 1e6, k.bytes / 1e6, k.predicted * 1e6, k.seconds * 1e6)):
-            total[i] += value
-    rows = [
-        (f"{name} ({what})" if what else name, int(v[0]), *v[1:], f"{v[3] / v[4]:.0%}" if v[4] else "-")
-        for (name, what), v in groups.items()
-    ]
-    rows.sort(key=lambda row: -float(row[5]))
-    sums = [sum(float(row[i]) for row in rows) for i in range(1, 6)]
-    rows.append(("all", int(sums[0]), *sums[1:], f"{sums[3] / sums[4]:.0%}" if sums[4] else "-"))
+            sums[i] += value
+    ordered = sorted(groups.items(), key=lambda item: -item[1][4])
+    named = [(f"{name} ({what})" if what else name, sums) for (name, what), sums in ordered]
+    named.append(("all", [sum(column) for column in zip(*groups.values(), strict=True)]))
+    rows = [(name, int(v[0]), *v[1:], f"{v[3] / v[4]:.0%}" if v[4] else "-") for name, v in named]
     table(("kernel", "launches", "MFLOP", "MB", "floor us", "measured us", "share"), rows)

@@ -14,7 +14,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem
 body { color: #222; background: #fff }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem; width: 100% }
 th, td { text-align: left; padding: .25rem .6rem; vertical-align: top }
-th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd } td.n { text-align: right; font-variant-numeric: tabular-nums }
+th { border-bottom: 2px solid #888 } td { border-bottom: 1px solid #ddd }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
 code { font-size: 13px } .lossy { color: #a40000; font-weight: 600 } .identical { color: #1a6b1a }
 @media (prefers-color-scheme: dark) {
   body { background: #181818; color: #ddd } td { border-color: #333 }

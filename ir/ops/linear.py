@@ -75,7 +75,7 @@ class Linear(Op):
             raise TypeMismatch("a linear of a vector has no decomposition; reshape it to [1, K]")
         wide = [dequantize(v) if dtype(v.dtype).kind == "quantized" else cast(v, dtype="f32") for v in (x, w)]
         product = matmul(wide[0], transpose(wide[1], axes=(1, 0)))
-        return product if bias is None else add(product, bias)  # type: ignore[no-any-return]
+        return product if bias is None else add(product, bias)
 
     def flops(self, type: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> SizeLike:
         return type.elements * x.shape[-1] * 2

@@ -21,6 +21,7 @@ from stemma.runtime.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 _BATCH = 32
+HUGE_FROM = 1 << 26  # bytes of weights below which caches and small pages serve as well
 
 
 def load(
@@ -29,13 +30,14 @@ def load(
     target: str = "cpu",
     variant: str | None = None,
     threads: int | None = None,
-    huge_pages: bool = False,
+    huge_pages: bool | None = None,
 ) -> Model:
     """Open an artifact and start it on this machine.
 
     `variant` names an instruction set (default: $STEMMA_VARIANT, else the best one the machine has), `threads` the size of the
-    team (default: $STEMMA_THREADS, else the processors available). Weights are used in place in the file's pages; `huge_pages`
-    copies them into huge pages first, which takes as long as reading them once and as much memory. StemmaRuntimeError (one
+    team (default: $STEMMA_THREADS, else the processors available). Weights are used in place in the file's pages.
+    Huge pages are read faster, by half on some machines, but need a copy: `huge_pages` True makes it now, False never, None in the
+    background while the model already runs, when it is worth it and twice the memory is free. StemmaRuntimeError (one
     paragraph: what is wrong with which file, and the cure) when that is not possible.
     """
     artifact = Artifact(path)
@@ -52,10 +54,21 @@ def load(
         kernels = artifact.read(library)
         weights = copy_weights(artifact.weights) if huge_pages else artifact.weights
         device = Device(kernels, weights, variant=variant, threads=threads, source=str(artifact.path))
+        if huge_pages is None and HUGE_FROM <= artifact.weights.size <= _free_memory() // 2:
+            device.move_to_huge_pages()
         return Model(artifact, device)
     except BaseException:
         artifact.close()
         raise
+
+
+def _free_memory() -> int:
+    """Bytes that the system can give without swapping; 0 where it does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 class Model:

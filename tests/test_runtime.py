@@ -328,6 +328,14 @@ def test_variants_and_threads(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert (loaded.device.variant, loaded.device.threads) == ("portable", 3)
         assert loaded.generate_ids([3], max_new_tokens=9) == fake.greedy([3], 9)
     assert stemma.load(path).device.threads == len(os.sched_getaffinity(0))
+    monkeypatch.setattr("stemma.runtime.model.HUGE_FROM", 1)
+    with stemma.load(path) as loaded:  # answers before, while and after the weights move
+        answers = [loaded.generate_ids([3], max_new_tokens=9)]
+        assert loaded.device._mover is not None
+        loaded.device._mover.join()
+        answers.append(loaded.generate_ids([3], max_new_tokens=9))
+        assert answers == [fake.greedy([3], 9)] * 2
+        assert loaded.device._weights.ctypes.data != loaded.artifact.weights.ctypes.data
     with pytest.raises(DeviceError, match="lacks the instruction set of the kernel variant 'imaginary'"):
         stemma.load(path, variant="imaginary")
     with pytest.raises(DeviceError, match="no kernel variant 'sse9'. Choose one of imaginary, portable"):

@@ -116,15 +116,33 @@ class Device:
         self.variant = self._choose(variant or os.environ.get("STEMMA_VARIANT") or None)
         self.threads = _threads(threads)
         self._weights = weights
+        self._handle = self._open(weights)
+        self._reserve(PAGE)
+        self.lock = threading.Lock()
+        self._mover: threading.Thread | None = None
+
+    def _open(self, weights: NDArray[np.uint8]) -> int:
         error = ctypes.create_string_buffer(_ERROR_BYTES)
-        handle = self._library.stemma_open(
+        handle: int | None = self._library.stemma_open(
             self.variant.encode(), weights.ctypes.data, self.threads, ctypes.addressof(error), _ERROR_BYTES
         )
         if not handle:
-            raise DeviceError(f"The kernels of {source} did not start: {error.value.decode(errors='replace')}")
-        self._handle = handle
-        self._reserve(PAGE)
-        self.lock = threading.Lock()
+            raise DeviceError(f"The kernels of {self.source} did not start: {error.value.decode(errors='replace')}")
+        return handle
+
+    def move_to_huge_pages(self) -> None:
+        """Copy the weights into huge pages in the background, and use the copy from the next call after that on."""
+        self._mover = threading.Thread(target=self._move, daemon=True)
+        self._mover.start()
+
+    def _move(self) -> None:
+        copy = copy_weights(self._weights)
+        with self.lock:
+            if self._handle is None:
+                return
+            old, self._handle = self._handle, self._open(copy)
+            self._library.stemma_close(old)
+            self._weights = copy
 
     def _choose(self, wanted: str | None) -> str:
         compiled = ", ".join(self.variants)
@@ -160,7 +178,7 @@ class Device:
         return Sampler(self, vocab, Sampling(**options))
 
     def probe(self, kind: int, memory: NDArray[np.uint8], rounds: int) -> float:
-        """Bytes (kind 0: read `memory`) or operations (1: f32, 2: bf16, 3: int8 products) per second of the team, 0 if it has none."""
+        """Bytes (kind 0: read `memory`) or operations (1: f32, 2: bf16, 3: int8 products) per second; 0 without such a unit."""
         with self.lock:
             start = time.perf_counter()
             done = self._library.stemma_probe(self.handle, kind, memory.ctypes.data, memory.size, rounds)

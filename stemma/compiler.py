@@ -93,7 +93,7 @@ def compile(
     Raises StemmaError subclasses; `output` is then left as it was.
     """
     from stemma.codegen.artifact import check_output
-    from stemma.codegen.build import build
+    from stemma.codegen.build import build, target_backend
     from stemma.frontend.hf import load_checkpoint, trace_checkpoint
     from stemma.passes.base import PassContext
     from stemma.passes.manager import run_pipeline
@@ -105,16 +105,19 @@ def compile(
     report = progress or (lambda stage, done, total: None)
     output = Path(output)
     check_output(output)
+    target_backend(targets)  # what can be wrong with the options is said before any work
+    added = [make_pass(specification) for specification in passes]
+    pipeline(preset, added, causal=True, rows=rows)
+    text = _read(calibration) if calibration is not None else None
     report("reading the checkpoint", 0, 1)
     checkpoint = load_checkpoint(source)
     report("tracing the model", 0, 1)
     module, weights = trace_checkpoint(checkpoint)
-    added = [make_pass(specification) for specification in passes]
     steps = pipeline(preset, added, causal=module.properties["kind"] == "causal_lm", rows=rows)
     notes = list(checkpoint.notes)
     documents: tuple[Array, ...] = ()
     if any(step.label == "lossy" for step in steps) and module.properties["kind"] == "causal_lm":
-        documents = calibration_documents(checkpoint, module, calibration, calibration_tokens, notes)
+        documents = calibration_documents(checkpoint, module, text, calibration_tokens, notes)
     context = PassContext(weights=weights, calibration=documents)
     meter = Meter(module, weights, documents) if any(step.label == "lossy" for step in steps) else None
 
@@ -144,9 +147,9 @@ def compile(
 
 
 def calibration_documents(
-    checkpoint: Checkpoint, module: Module, path: str | Path | None, tokens: int, notes: list[str]
+    checkpoint: Checkpoint, module: Module, text: str | None, tokens: int, notes: list[str]
 ) -> tuple[Array, ...]:
-    """Token ids of calibration text in documents of at most DOCUMENT_TOKENS; CheckpointError when the text is unusable."""
+    """Token ids of calibration text (None: of Python's library) in documents of at most DOCUMENT_TOKENS; StemmaError when too short."""
     tokenizer = next((f for f in checkpoint.files if f.name == "tokenizer.json"), None)
     if tokenizer is None:
         notes.append("There is no tokenizer, so losses were measured on seeded random tokens.")
@@ -155,10 +158,10 @@ def calibration_documents(
     else:
         from tokenizers import Tokenizer
 
-        text = _read(path) if path is not None else library_text()
+        text = library_text() if text is None else text
         ids = np.array(Tokenizer.from_file(str(tokenizer)).encode(text).ids[:tokens], np.int64)
         if len(ids) < 2:
-            raise StemmaError(f"The calibration text {path} has {len(ids)} tokens; at least two are needed to measure a loss.")
+            raise StemmaError(f"The calibration text has {len(ids)} tokens; at least two are needed to measure a loss.")
     return tuple(ids[i : i + DOCUMENT_TOKENS] for i in range(0, len(ids), DOCUMENT_TOKENS) if len(ids[i : i + DOCUMENT_TOKENS]) > 1)
 
 

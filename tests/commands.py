@@ -43,7 +43,7 @@ def paragraph(text: str) -> str:
     """The one paragraph of an error, without its head."""
     assert "Traceback" not in text
     start, _, message = text.partition("error: ")
-    assert start == "" and message.strip().count("\n") == 0 and message.strip().endswith((".", ".cpp")) and len(message) < 1500, text
+    assert start == "" and message.strip().count("\n") == 0 and message.strip().endswith((".", "?", ".cpp")) and len(message) < 1500, text
     return message.strip()
 
 

@@ -74,7 +74,7 @@ def test_weights_that_are_not_numbers(folder: Path, output: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name] = np.where(np.arange(64) == 5, np.float32(np.nan), tensors[name])
     save_file(tensors, folder / WEIGHTS)
-    matches(f"The weight '{name}' .* holds NaN or infinite values", refused("compile", folder, "-o", output, "--variants", "native"))
+    matches(f"The weight '{name}' .*holds NaN or infinite values", refused("compile", folder, "-o", output, "--variants", "native"))
 
 
 def test_a_model_without_an_end_token_says_so(folder: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_inspect(model: Path) -> None:
     ir = as_json("inspect", model, "--ir")["ir"]
     assert succeeded("inspect", model, "--ir") == ir
     module = parse_module(ir)
-    assert parse_module(print_module(module)) is module and "step" in module.functions
+    assert parse_module(print_module(module)) is module and module["step"].result_names[0] == "logits"
     launches = as_json("inspect", model, "--plan")["step"]["launches"]
     assert {"linear", "cached_attention"} <= {word for x in launches for word in x["op"].split()}
     assert "cached_attention" in succeeded("inspect", model, "--plan")
@@ -135,7 +135,7 @@ def test_inspect(model: Path) -> None:
     measured = as_json("inspect", model, "--roofline", "--rows", 4, "--context", 16)
     assert len(measured["kernels"]) == len(launches) and measured["ceilings"]["bandwidth"] > 1e8
     assert all(k["seconds"] > 0 for k in measured["kernels"])
-    assert "GB/s" in succeeded("inspect", model, "--roofline", "--context", 16)
+    assert "GB/s" in succeeded("inspect", model, "--roofline")
 
 
 def test_bench(model: Path) -> None:

@@ -50,7 +50,7 @@ def bench_command(
             between.append(loaded.last_statistics.between_steps_microseconds)
     read = loaded.manifest.weights_bytes
     share = statistics.median(d * read / b for d, b in zip(decode, bandwidths, strict=True))
-    kernels = kernel_times(loaded, ceilings) if roofline else []
+    kernels = kernel_times(loaded, ceilings, context=min(128, loaded.context - 1)) if roofline else []
     data = {
         "model": str(model), "variant": loaded.variant, "threads": loaded.threads, "weight_bytes": read, "rounds": rounds,
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "prefill_tokens_per_second": statistics.median(prefill),

@@ -22,7 +22,7 @@ def inspect_command(
     ] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write everything into one HTML page.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="New tokens of the step that --roofline measures.")] = 1,
-    context: Annotated[int, typer.Option(min=0, help="Cached tokens before them.")] = 128,
+    context: Annotated[int | None, typer.Option(min=0, help="Cached tokens before them. Default: 128, or what the model takes.")] = None,
     as_json: Annotated[bool, json_option()] = False,
 ) -> None:
     """Show what an artifact holds: sizes, passes with labels and measured losses, IR, launches, roofline."""
@@ -107,13 +107,14 @@ def _weights(manifest: dict[str, Any]) -> None:
     table(("weight", "type", "shape", "offset", "bytes"), rows)
 
 
-def _roofline(path: Path, rows: int, context: int) -> None:
+def _roofline(path: Path, rows: int, context: int | None) -> None:
     import stemma
     from stemma.cli.bench import print_roofline
     from stemma.runtime.roofline import measure_ceilings, roofline
 
     loaded = stemma.load(path)
     ceilings = measure_ceilings(loaded.device)
+    context = max(0, min(128, loaded.context - rows)) if context is None else context
     kernels = roofline(loaded, ceilings, rows=rows, context=context)
 
     def text() -> None:

@@ -132,7 +132,8 @@ def _needs_decomposition(graph: torch.fx.Graph) -> bool:
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and not is_dropped(node):
             name = str(node.target)
-            if name not in LOWERINGS or (node.target._schema.is_mutable and name != "aten.detach_.default"):
+            writes = node.target._schema.is_mutable and name != "aten.detach_.default"
+            if writes or (name not in LOWERINGS and not name.startswith("aten.sym_")):  # sizes are read from their types
                 return True
     return False
 

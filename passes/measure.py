@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ class Loss:
 class Meter:
     """Compares changed modules with the module that a compile started from, on the same inputs.
 
-    Both are evaluated in float32 by the interpreter, one document at a time; weights are streamed, one tensor in memory.
+    Both are evaluated in float32 by the interpreter; weights are streamed, a block of one tensor in memory.
     calibration: integer arrays [tokens], at least one of two tokens or more for a language model; other models are compared on
     seeded random inputs. PassError when there is nothing to measure on.
     """
@@ -53,12 +53,12 @@ class Meter:
         if not self.language:
             return _compare_outputs(self.before, after["forward"], self.weights)
         if not self._reference:
-            self._reference = [_logits(self.before, d, self.weights) for d in self.documents]
-        changed = (_logits(after["forward"], d, self.weights) for d in self.documents)
+            self._reference = _logits(self.before, self.documents, self.weights)
+        changed = _logits(after["forward"], self.documents, self.weights)
         return _compare_logits(self.documents, self._reference, changed)
 
 
-def _compare_logits(documents: Sequence[Array], before: Sequence[Array], after: Iterable[Array]) -> Loss:
+def _compare_logits(documents: Sequence[Array], before: Sequence[Array], after: Sequence[Array]) -> Loss:
     divergences, agreement, likelihood = [], [], []
     difference = energy = 0.0
     for document, reference, changed in zip(documents, before, after, strict=True):
@@ -83,11 +83,15 @@ def _compare_logits(documents: Sequence[Array], before: Sequence[Array], after: 
     )
 
 
-def _logits(forward: Function, document: Array, weights: WeightStore) -> Array:
-    """[tokens, vocabulary] in float32."""
-    inputs = {forward.params[0].attrs["name"]: document[None]}
-    result: Array = interpret(forward, inputs, weights, float_type=np.float32)[forward.result_names[0]][0]
-    return result
+def _logits(forward: Function, documents: Sequence[Array], weights: WeightStore) -> list[Array]:
+    """[tokens, vocabulary] in float32 of each document; those of one length run together, as every run reads all weights."""
+    found: dict[int, Array] = {}
+    for length in {len(d): None for d in documents}:
+        group = [i for i, d in enumerate(documents) if len(d) == length]
+        inputs = {forward.params[0].attrs["name"]: np.stack([documents[i] for i in group])}
+        logits = interpret(forward, inputs, weights, float_type=np.float32)[forward.result_names[0]]
+        found |= dict(zip(group, logits, strict=True))
+    return [found[i] for i in range(len(documents))]
 
 
 def _log_softmax(logits: Array) -> Array:

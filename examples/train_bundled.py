@@ -194,6 +194,33 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
+@torch.no_grad()
+def grow(small: LlamaForCausalLM, large: LlamaForCausalLM) -> None:
+    """Set a fresh large model to compute what the small one computes, before any training of its own.
+
+    The small model's tensors become leading blocks; what is new reads the residual stream but writes nothing to it yet.
+    The small model's first layers become the first layers, its last layer the last.
+    """
+    ratio = large.config.hidden_size / small.config.hidden_size
+    count, last = small.config.num_hidden_layers, large.config.num_hidden_layers - 1
+    places = {index: index for index in range(count - 1)} | {count - 1: last}
+    # The new part of the tied embedding must not be zero, or neither it nor what it meets gets a gradient.
+    large.model.embed_tokens.weight.mul_(0.1)
+    targets = dict(large.named_parameters())
+    for name, source in small.named_parameters():
+        match = re.search(r"layers\.(\d+)\.", name)
+        place = name.replace(match[0], f"layers.{places[int(match[1])]}.") if match else name
+        target = targets[place]
+        if place.endswith("norm.weight"):
+            # The mean square is now taken over the new, nearly silent channels too.
+            target.fill_(float(source.mean()) / math.sqrt(ratio))
+            target[: len(source)] = source / math.sqrt(ratio)
+            continue
+        if "layers" in place:
+            target[: source.shape[0], source.shape[1] :] = 0.0
+        target[: source.shape[0], : source.shape[1]] = source
+
+
 def export(model: LlamaForCausalLM, tokenizer: Path, folder: Path) -> None:
     """Write the model in bfloat16 and its tokenizer as transformers and tokenizers read them."""
     copy = LlamaForCausalLM(model.config).bfloat16()
@@ -210,15 +237,25 @@ def export(model: LlamaForCausalLM, tokenizer: Path, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
-def train(name: str, minutes: float, work: Path, folder: Path) -> None:
-    """Train one model for a budget of wall-clock minutes, earlier parts of an interrupted run included."""
+def train(name: str, minutes: float, work: Path, folder: Path, grown_from: str | None, factor: float) -> None:
+    """Train one model for a budget of wall-clock minutes, earlier parts of an interrupted run included.
+
+    It starts from random weights or is grown from the latest checkpoint of a smaller model; factor scales the peak
+    learning rates.
+    """
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(configuration(name))
     for layer in model.model.layers:  # each layer starts as the identity
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    if grown_from is not None:
+        small = LlamaForCausalLM(configuration(grown_from))
+        origin: dict[str, Any] = torch.load(work / f"{grown_from}.pt")
+        small.load_state_dict(origin["model"])
+        grow(small, model)
+        print(f"grown from {grown_from} at {origin['step'] * BATCH_TOKENS} tokens", flush=True)
     opts = optimizers(model)
-    peaks = [opt.param_groups[0]["lr"] for opt in opts]
+    peaks = [factor * opt.param_groups[0]["lr"] for opt in opts]
     parts = {part: torch.from_numpy(np.load(work / f"{part}.npy").astype(np.int64)) for part in ("library", "tests")}
     step, first, earlier = 0, 0, 0.0
     checkpoint = work / f"{name}.pt"
@@ -303,13 +340,16 @@ def main() -> None:
     training = commands.add_parser("train", help="train one model")
     training.add_argument("name", choices=sorted(SHAPES))
     training.add_argument("--minutes", type=float, required=True, help="wall-clock budget")
+    training.add_argument("--grow-from", choices=sorted(SHAPES), help="start from this smaller model's checkpoint")
+    training.add_argument("--factor", type=float, default=1.0, help="factor on the peak learning rates")
     evaluation = commands.add_parser("evaluate", help="held-out bits per byte")
     evaluation.add_argument("names", nargs="+", choices=sorted(SHAPES))
     arguments = parser.parse_args()
     if arguments.command == "tokenizer":
         prepare(arguments.work)
     elif arguments.command == "train":
-        train(arguments.name, arguments.minutes, arguments.work, arguments.models / arguments.name)
+        folder = arguments.models / arguments.name
+        train(arguments.name, arguments.minutes, arguments.work, folder, arguments.grow_from, arguments.factor)
     else:
         for name in arguments.names:
             print(f"{name}: {evaluate(arguments.models / name):.4f} bits per byte", flush=True)

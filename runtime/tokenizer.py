@@ -42,6 +42,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, those that the tokenizer adds around a text (such as its first token)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # Python holds bytes that are no UTF-8 as lone surrogates
+            raise InputError("The prompt is not valid Unicode text: it has bytes of another encoding. Give UTF-8.") from None
         ids: list[int] = self._native.encode(text, add_special_tokens=special).ids
         return ids
 

@@ -149,7 +149,7 @@ def compile(
 def calibration_documents(
     checkpoint: Checkpoint, module: Module, text: str | None, tokens: int, notes: list[str]
 ) -> tuple[Array, ...]:
-    """Token ids of calibration text (None: of Python's library) in documents of at most DOCUMENT_TOKENS; StemmaError when too short."""
+    """Token ids of calibration text (None: of Python's library) by DOCUMENT_TOKENS; StemmaError when too short."""
     tokenizer = next((f for f in checkpoint.files if f.name == "tokenizer.json"), None)
     if tokenizer is None:
         notes.append("There is no tokenizer, so losses were measured on seeded random tokens.")

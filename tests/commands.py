@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from stemma.cli import app
 
@@ -43,8 +42,9 @@ def paragraph(text: str) -> str:
     """The one paragraph of an error, without its head."""
     assert "Traceback" not in text
     start, _, message = text.partition("error: ")
-    assert start == "" and message.strip().count("\n") == 0 and message.strip().endswith((".", "?", ".cpp")) and len(message) < 1500, text
-    return message.strip()
+    message = message.strip()
+    assert start == "" and "\n" not in message and message.endswith((".", "?", ".cpp")) and len(message) < 1500, text
+    return message
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:

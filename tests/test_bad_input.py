@@ -142,7 +142,9 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "stemma", *map(str, arguments)]
 
 
-@pytest.mark.parametrize("command_line", [("compile",), ("compile", "x"), ("run", "x"), ("frobnicate",), ("run", "x", "-p", "y", "--seed", "-1")])
+@pytest.mark.parametrize(
+    "command_line", [("compile",), ("compile", "x"), ("run", "x"), ("frobnicate",), ("run", "x", "-p", "y", "--seed", "-1")]
+)
 def test_wrong_command_lines_show_the_usage(command_line: tuple[str, ...]) -> None:
     from tests.commands import run
 
@@ -165,7 +167,8 @@ def test_a_full_disk(artifacts: Artifacts, model: Path, output: Path) -> None:
     """A limit on the size of files, a little below the artifact's own, stands in for the end of the disk."""
     limit = model.stat().st_size - 50_000
     done = subprocess.run(
-        command("compile", artifacts.checkpoint("llama"), "-o", output, "--variants", "native"), cwd=ROOT, capture_output=True, text=True,
+        command("compile", artifacts.checkpoint("llama"), "-o", output, "--variants", "native"),
+        cwd=ROOT, capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert done.returncode == 1
@@ -202,7 +205,9 @@ def damaged(source: Path, target: Path, damage: Callable[[Path], object]) -> Pat
 
 
 @pytest.mark.parametrize("command_name", ["run", "inspect", "bench", "verify"])
-@pytest.mark.parametrize("name", ["absent", "empty", "text", "another zip", "cut in half", "damaged kernels", "newer", "older", "newer kernels"])
+@pytest.mark.parametrize(
+    "name", ["absent", "empty", "text", "another zip", "cut in half", "damaged kernels", "newer", "older", "newer kernels"]
+)
 def test_artifacts_that_cannot_be_used(tmp_path: Path, name: str, command_name: str) -> None:
     path = damaged(fake.write(tmp_path / "fake.stemma"), tmp_path / "bad.stemma", BAD[name].damage)
     before = listing(tmp_path)
@@ -237,6 +242,7 @@ def test_a_zip_of_another_compression_is_refused(model: Path, tmp_path: Path) ->
         (("-p", "x", "--variant", "sse9"), "has no kernel variant 'sse9'"),
         (("-p", "x", "--threads", 5000), "threads=5000"),
         (("-p", "x", "--chat"), "has no chat template"),
+        (("-p", "caf\udce9"), "not valid Unicode text"),
     ],
 )
 def test_options_of_run(model: Path, arguments: tuple[Any, ...], words: str) -> None:
@@ -267,7 +273,11 @@ def test_errors_as_json(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(("raise_norms",), "There is no rule or pass 'raise_norms'"), (("quantize",), "not made of rules"), (("a.py:B",), "no file a.py")],
+    [
+        (("raise_norms",), "There is no rule or pass 'raise_norms'"),
+        (("quantize",), "not made of rules"),
+        (("a.py:B",), "no file a.py"),
+    ],
 )
 def test_why(artifacts: Artifacts, arguments: tuple[str, ...], words: str) -> None:
     matches(words, refused("why", *arguments, artifacts.checkpoint("llama")))

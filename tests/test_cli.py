@@ -70,7 +70,7 @@ def test_compile_reports(source: Path, tmp_path: Path) -> None:
     report = as_json("compile", source, "-o", tmp_path / "b.stemma", "--variants", "native")
     assert report["bytes"] == (tmp_path / "b.stemma").stat().st_size and report["loss"] is None
     assert [p["name"] for p in report["passes"]] == [p.name for p in pipeline("exact", (), causal=True, rows=512)]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.stemma", "b.stemma"] or len(list(tmp_path.iterdir())) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.stemma", "b.stemma"]
 
 
 def test_lossy_presets_are_measured(source: Path, tmp_path: Path) -> None:
@@ -94,7 +94,8 @@ def test_lossy_presets_are_measured(source: Path, tmp_path: Path) -> None:
 
 def test_run_prints_what_generate_returns(model: Path) -> None:
     with stemma.load(model) as loaded:
-        for options, given in (((), {}), (SAMPLED, dict(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=5))):
+        sampled = dict(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01, repetition_penalty=1.1, seed=5)
+        for options, given in (((), {}), (SAMPLED, sampled)):
             wanted = loaded.generate("def quick", max_new_tokens=20, **given)
             said = as_json("run", model, "-p", "def quick", "--max-new-tokens", 20, *options)
             assert said["text"] == wanted and 0 < said["new_tokens"] <= 20 and said["decode_tokens_per_second"] > 0
@@ -110,7 +111,6 @@ def test_run_streams(model: Path) -> None:
     command = [sys.executable, "-m", "stemma", "run", str(model), "-p", "def", "--max-new-tokens", "100", "--temperature", "1"]
     with stemma.load(model) as loaded:
         wanted = loaded.generate("def", max_new_tokens=100, temperature=1.0)
-    assert wanted.isprintable() or len(wanted) > 3
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None and process.stderr is not None
     first = os.read(process.stdout.fileno(), 1 << 16)
@@ -158,29 +158,29 @@ def test_verify(artifacts: Artifacts, model: Path) -> None:
 def test_dumps_re_enter(source: Path, tmp_path: Path) -> None:
     """Compiling from a dump gives the very same file; an edited dump is what is compiled."""
     dumps = tmp_path / "dumps"
-    for name, options in {"a": ("--dump", dumps), "b": ("--dump", dumps, "--start-after", "00_frontend.txt")}.items():
-        succeeded("compile", source, "-o", tmp_path / name, "--variants", "native", *options)
+    succeeded("compile", source, "-o", tmp_path / "a", "--variants", "native", "--dump", dumps)
     steps = [p.name for p in pipeline("exact", (), causal=True, rows=512)]
     assert sorted(p.name for p in dumps.iterdir()) == ["00_frontend.txt", *(f"{i + 1:02d}_{n}.txt" for i, n in enumerate(steps))]
     middle = f"{steps.index('incremental'):02d}_{steps[steps.index('incremental') - 1]}.txt"
-    succeeded("compile", source, "-o", tmp_path / "c", "--variants", "native", "--dump", dumps, "--start-after", middle)
-    manifests = [as_json("inspect", tmp_path / name) for name in "abc"]
-    assert [len(m["passes"]) for m in manifests] == [len(steps), len(steps), len(steps) - steps.index("incremental")]
+    succeeded("compile", source, "-o", tmp_path / "b", "--variants", "native", "--dump", dumps, "--start-after", middle)
+    manifests = [as_json("inspect", tmp_path / name) for name in "ab"]
+    assert [len(m["passes"]) for m in manifests] == [len(steps), len(steps) - steps.index("incremental")]
     for member in ("ir.txt", "weights.bin", "targets/cpu/kernels.so"):
         assert len({m["files"][member] for m in manifests}) == 1, member
     text = (dumps / middle).read_text()
     (dumps / middle).write_text(text.replace("eps=1e-06", "eps=0.5").replace("eps=1e-05", "eps=0.5"))
     assert (dumps / middle).read_text() != text
-    succeeded("compile", source, "-o", tmp_path / "d", "--variants", "native", "--dump", dumps, "--start-after", middle)
-    assert "eps=0.5" in succeeded("inspect", tmp_path / "d", "--ir")
+    succeeded("compile", source, "-o", tmp_path / "c", "--variants", "native", "--dump", dumps, "--start-after", middle)
+    assert "eps=0.5" in succeeded("inspect", tmp_path / "c", "--ir")
 
 
 def test_a_pass_of_the_users_own(source: Path, tmp_path: Path) -> None:
     """The example passes, by file; why explains a rule of such a file; verify-each runs beside it."""
     own = "examples/passes/sparsify.py:Sparsify{alpha=0.5}"
     report = as_json(
-        "compile", source, "-o", tmp_path / "m.stemma", "--pass", own, "--variants", "native", "--calibration-tokens", 16, "--verify-each"
-    )
+        "compile", source, "-o", tmp_path / "m.stemma", "--pass", own, "--variants", "native", "--calibration-tokens", 16,
+        "--verify-each",
+    )  # fmt: skip
     made = next(p for p in report["passes"] if p["name"] == "sparsify")
     assert made["label"] == "lossy" and made["options"] == {"alpha": 0.5} and made["loss"]["kl"] > 0
     with stemma.load(tmp_path / "m.stemma") as loaded:
@@ -188,14 +188,14 @@ def test_a_pass_of_the_users_own(source: Path, tmp_path: Path) -> None:
     assert "no option 'beta'" in refused("compile", source, "-o", tmp_path / "x", "--pass", own.replace("alpha", "beta"))
     broken = tmp_path / "broken.py"
     broken.write_text("import absent_module\n")
-    assert "fails when it is loaded: ModuleNotFoundError" in refused("compile", source, "-o", tmp_path / "x", "--pass", f"{broken}:P")
+    message = refused("compile", source, "-o", tmp_path / "x", "--pass", f"{broken}:P")
+    assert "fails when it is loaded: ModuleNotFoundError" in message
     assert not (tmp_path / "x").exists()
 
 
-def test_why(source: Path, tmp_path: Path, artifacts: Artifacts) -> None:
-    """A rule that does not fit the model is explained; also from a dump."""
+def test_why(artifacts: Artifacts) -> None:
+    """A rule of the user's own that almost fits a model is explained."""
     gelu = "examples/passes/fast_gelu.py:FastGelu"
-    assert as_json("why", gelu, source) == [] or isinstance(as_json("why", gelu, source), list)
     found = as_json("why", gelu, artifacts.checkpoint("bert"), "--count", 2)
     assert 0 < len(found) <= 2 and all(f["rule"] and f["text"] for f in found)
     text = succeeded("why", gelu, artifacts.checkpoint("bert"))

@@ -113,7 +113,7 @@ def test_bits(make: Any, name: str, variant: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_sampled_tokens(make: Any, name: str) -> None:
-    """Sampling alone, in batches, with threads: the same tokens; between instruction sets too, where no value is rounded coarsely."""
+    """Sampling alone, in batches, with threads: the same tokens. So with every instruction set, where nothing is rounded."""
     path, _, _ = make(name)
     ids = [p.tolist() for p in prompts()]
     chosen = []

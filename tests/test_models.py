@@ -100,7 +100,7 @@ def test_other_models(artifacts: Artifacts, architecture: str) -> None:
         for batch, tokens in SHAPES:
             if architecture == "vit":
                 name = "pixel_values"
-                given = np.random.default_rng(batch).standard_normal((batch, 3, 32, 32)).astype(np.float32)
+                given: NDArray[Any] = np.random.default_rng(batch).standard_normal((batch, 3, 32, 32)).astype(np.float32)
             else:
                 name, given = "input_ids", token_ids(batch, tokens)
             with torch.no_grad():
@@ -141,7 +141,11 @@ class ConvNet(torch.nn.Module):
 BATCH, TOKENS, SIDE = dim("batch", 1, 64), dim("tokens", 1, 512), dim("side", 5, 64)
 Inputs = Callable[[int], dict[str, torch.Tensor]]
 PLAIN: dict[str, tuple[type[torch.nn.Module], dict[str, dict[int, size.Size]], Inputs]] = {
-    "mlp": (Mlp, {"x": {0: BATCH, 1: TOKENS}, "scale": {0: BATCH}}, lambda n: {"x": torch.randn(n, 3 * n + 1, 24), "scale": torch.rand(n)}),
+    "mlp": (
+        Mlp,
+        {"x": {0: BATCH, 1: TOKENS}, "scale": {0: BATCH}},
+        lambda n: {"x": torch.randn(n, 3 * n + 1, 24), "scale": torch.rand(n)},
+    ),
     "convnet": (ConvNet, {"x": {0: BATCH, 2: SIDE, 3: SIDE}}, lambda n: {"x": torch.randn(n, 3, 5 + n, 5 + n)}),
 }
 
@@ -153,8 +157,8 @@ def test_any_torch_module(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
     module = cls().eval()
     if isinstance(module, ConvNet):
-        module.norm.running_mean.normal_()  # type: ignore[union-attr,operator]
-        module.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr,operator]
+        module.norm.running_mean.normal_()  # type: ignore[union-attr]
+        module.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
     traced, weights = trace(module, (), inputs(3), dims=dims, properties={"kind": "model", "name": name})
     final = run_pipeline(traced, pipeline("exact", (), causal=False, rows=1), PassContext(weights=weights)).module
     build(final, weights, tmp_path / "model.stemma", variants=("native",))

@@ -22,7 +22,7 @@ def inspect_command(
     ] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write everything into one HTML page.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="New tokens of the step that --roofline measures.")] = 1,
-    context: Annotated[int | None, typer.Option(min=0, help="Cached tokens before them. Default: 128, or what the model takes.")] = None,
+    context: Annotated[int | None, typer.Option(min=0, help="Cached tokens before them. Default: 128, at most what fits.")] = None,
     as_json: Annotated[bool, json_option()] = False,
 ) -> None:
     """Show what an artifact holds: sizes, passes with labels and measured losses, IR, launches, roofline."""

@@ -31,12 +31,16 @@ def run_command(
     as_json: Annotated[bool, json_option()] = False,
 ) -> None:
     """Generate text, streaming it as it comes; then speed and, for lossy artifacts, the measured cost in quality."""
+    import io
     import sys
 
     import stemma
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal of few characters shows ? for the others
+
     loaded = stemma.load(model, threads=threads, variant=variant)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if prompt == "-" else prompt
     if chat or (chat is None and loaded.has_chat_template):
         text = loaded.chat([{"role": "user", "content": text}])
     pieces = []

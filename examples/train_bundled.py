@@ -275,11 +275,12 @@ def train(name: str, minutes: float, work: Path, folder: Path, grown_from: str |
             logits = model(rows[:, :-1], use_cache=False).logits
         return functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
+    short_until = 0.0 if grown_from else SHORT_CONTEXT_UNTIL  # a grown model knows the long context already
     context, source = 0, batches(parts, MAX_CONTEXT, 0)
     started = written = time.monotonic()
     average = 0.0
     while (progress := (earlier + time.monotonic() - started) / (60.0 * minutes)) < 1.0:
-        wanted = SHORT_CONTEXT if progress < SHORT_CONTEXT_UNTIL else MAX_CONTEXT
+        wanted = SHORT_CONTEXT if progress < short_until else MAX_CONTEXT
         if wanted != context:
             context, source = wanted, batches(parts, wanted, SEED + step)
         loss = loss_of(next(source))

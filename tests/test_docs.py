@@ -55,3 +55,10 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.quick
+def test_the_readme_shows_the_example_as_it_is() -> None:
+    """The pass that the README walks through is the file in examples/, word for word."""
+    source = (ROOT / "examples" / "passes" / "fast_gelu.py").read_text(encoding="utf-8")
+    assert source[source.index("from __future__") :].strip() in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -83,8 +83,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     notes = []
     if causal and not (folder / "tokenizer.json").exists():
         notes.append("The folder has no tokenizer.json: the artifact will take and give token ids, not text.")
-    if causal and not eos_ids:
-        notes.append("The folder names no end token: generation stops only at its length limit.")
+    if causal and not eos_ids and (folder / "tokenizer.json").exists():
+        raise CheckpointError(
+            f"{folder} has a tokenizer but names no end token, so generated text would never end. Set eos_token_id in its "
+            "generation_config.json or config.json."
+        )
     files = tuple(folder / f for f in _FILES if (folder / f).exists())
     kind = "causal_lm" if causal else "model"
     return Checkpoint(

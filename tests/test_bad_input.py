@@ -77,16 +77,19 @@ def test_weights_that_are_not_numbers(folder: Path, output: Path) -> None:
     matches(f"The weight '{name}' .*holds NaN or infinite values", refused("compile", folder, "-o", output, "--variants", "native"))
 
 
-def test_a_model_without_an_end_token_says_so(folder: Path, tmp_path: Path) -> None:
-    """Compiling goes on, as such models are useful; the note says what it means, and an empty prompt has nothing to begin with."""
+def test_a_tokenizer_without_an_end_token(folder: Path, output: Path) -> None:
     for file in ("config.json", "generation_config.json"):
         settings = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(settings | {"eos_token_id": None, "bos_token_id": None}))
+        (folder / file).write_text(json.dumps(settings | {"eos_token_id": None}))
+    matches("has a tokenizer but names no end token.*Set eos_token_id", refused("compile", folder, "-o", output, "--variants", "native"))
+
+
+def test_an_empty_prompt_without_a_first_token(folder: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | {"bos_token_id": None}))
     made = tmp_path / "model.stemma"
-    text = succeeded("compile", folder, "-o", made, "--variants", "native")
-    assert "note: The folder names no end token: generation stops only at its length limit." in text
-    said = json.loads(succeeded("run", made, "-p", "def", "--max-new-tokens", 9, "--json"))
-    assert said["new_tokens"] == 9
+    succeeded("compile", folder, "-o", made, "--variants", "native")
     matches("The prompt is empty, and llama-f32 has no first token to begin with. Give a prompt", refused("run", made, "-p", ""))
 
 

@@ -139,9 +139,7 @@ class Epilogue:
             return f"splat16({value!r}f)"
         if node not in self.at or node.dtype != "f32":
             return Refusal(f"{node!r} is no f32 input of the kernel")
-        elements = 1
-        for extent in node.shape:
-            elements = elements * extent
+        elements = node.tensor.elements
         if node.tensor == user.tensor or (elements == user.tensor.elements):
             return f"load16({self._parameter(node)} + m * N + n)"
         if elements == self.columns and node.shape[-1:] == (self.columns,):

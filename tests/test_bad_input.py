@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def test_a_tokenizer_without_an_end_token(folder: Path, output: Path) -> None:
     for file in ("config.json", "generation_config.json"):
         settings = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(settings | {"eos_token_id": None}))
-    matches("has a tokenizer but names no end token.*Set eos_token_id", refused("compile", folder, "-o", output, "--variants", "native"))
+    said = refused("compile", folder, "-o", output, "--variants", "native")
+    matches("has a tokenizer but names no end token.*Set eos_token_id", said)
 
 
 def test_an_empty_prompt_without_a_first_token(folder: Path, tmp_path: Path) -> None:
@@ -186,6 +188,7 @@ def test_an_interrupt(artifacts: Artifacts, output: Path, tmp_path: Path, stage:
     process = subprocess.Popen(
         arguments, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         env=os.environ | {"STEMMA_CACHE": str(cache)},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a suite run in the background ignores SIGINT
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:

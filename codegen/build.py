@@ -180,5 +180,3 @@ def _version() -> str:
         return version("stemma-compiler")
     except PackageNotFoundError:
         return "0+checkout"
-
-

@@ -1,7 +1,7 @@
 """Joins a launch with the one operation that reads it, where the backend has one kernel for both.
 
-    y = linear(x, concat(gate, up)); fused{silu(y[:, :F]) * y[:, F:]}(y)   ->   fused{linear; slices; gated}(x, concat(gate, up))
-    s, y = fused{add; rms_norm}(x, r, w); quantize(y)                       ->   s, q = fused{add; rms_norm; quantize}(x, r, w)
+y = linear(x, concat(gate, up)); fused{silu(y[:, :F]) * y[:, F:]}(y)   ->   fused{linear; slices; gated}(x, concat(gate, up))
+s, y = fused{add; rms_norm}(x, r, w); quantize(y)                       ->   s, q = fused{add; rms_norm; quantize}(x, r, w)
 """
 
 from __future__ import annotations

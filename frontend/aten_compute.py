@@ -69,9 +69,7 @@ def std(call: Call, x: Node, dim: Dims = None, unbiased: bool = True, keepdim: b
 
 
 @lower("aten.var_mean.correction")
-def var_mean(
-    call: Call, x: Node, dim: Dims = None, *, correction: Number | None = None, keepdim: bool = False
-) -> list[Node]:
+def var_mean(call: Call, x: Node, dim: Dims = None, *, correction: Number | None = None, keepdim: bool = False) -> list[Node]:
     return list(_variance(call, x, dim, correction, keepdim))
 
 
@@ -308,9 +306,7 @@ def attention(
     return reshape(y, call.out.shape)
 
 
-def _windows(
-    x: Node, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], out: Sequence[SizeLike]
-) -> list[Node]:
+def _windows(x: Node, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], out: Sequence[SizeLike]) -> list[Node]:
     """For each offset inside the kernel, the elements that all windows have there."""
     parts = [x]
     for i, (k, s, d, n) in enumerate(zip(kernel, stride, dilation, out, strict=True)):
@@ -390,5 +386,3 @@ def cosine_similarity(call: Call, a: Node, b: Node, dim: int = 1, eps: float = 1
     lengths = [ops.sqrt(ops.reduce_sum(x * x, axes=over)) for x in (a, b)]
     floor = constant(eps, a.dtype)
     return dot / (ops.maximum(lengths[0], floor) * ops.maximum(lengths[1], floor))
-
-

@@ -85,9 +85,7 @@ def movedim(call: Call, x: Node, source: int, target: int) -> Node:
 
 
 @lower("aten.slice.Tensor")
-def slice(
-    call: Call, x: Node, dim: int = 0, start: SizeLike | None = None, end: SizeLike | None = None, step: int = 1
-) -> Node:
+def slice(call: Call, x: Node, dim: int = 0, start: SizeLike | None = None, end: SizeLike | None = None, step: int = 1) -> Node:
     dim = axis(dim, x.tensor.rank)
     return part(x, dim, clamp_bound(start, x.shape[dim], 0), call.out.shape[dim], step)
 
@@ -378,5 +376,3 @@ def meshgrid(call: Call, tensors: Sequence[Node], *, indexing: str = "ij") -> li
         shape = [1] * result.rank
         grids.append(broadcast(reshape(x, [*shape[:i], x.tensor.elements, *shape[i + 1 :]]), result.shape))
     return grids
-
-

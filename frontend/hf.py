@@ -301,9 +301,7 @@ def _optional(model: Any, name: str) -> bool:
     return any(re.search(p, name) for p in model._keys_to_ignore_on_load_missing or ())
 
 
-def _renamed(
-    model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tensor]
-) -> tuple[dict[str, Entry], list[str]]:
+def _renamed(model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> tuple[dict[str, Entry], list[str]]:
     """Stored tensors by their name in the model, after the renamings that transformers itself does; and those without one."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key

@@ -221,5 +221,3 @@ def _names(tree: Any, prefix: str) -> Iterator[tuple[int, str]]:
     elif isinstance(tree, (tuple, list)):
         for i, value in enumerate(tree):
             yield from _names(value, f"{prefix or 'output'}_{i}")
-
-

@@ -91,7 +91,7 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """"causal_lm", or "model" for anything else."""
+        """ "causal_lm", or "model" for anything else."""
         return self.manifest.kind
 
     @property

@@ -1,7 +1,7 @@
 """A pass of your own made of rules: pattern and replacement are two functions in the IR's own operations.
 
-    stemma compile CHECKPOINT -o fast.stemma --pass examples/passes/fast_gelu.py:FastGelu
-    stemma why examples/passes/fast_gelu.py:FastGelu CHECKPOINT
+stemma compile CHECKPOINT -o fast.stemma --pass examples/passes/fast_gelu.py:FastGelu
+stemma why examples/passes/fast_gelu.py:FastGelu CHECKPOINT
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Toolchain(Protocol):
     """Turns source text into a library."""
 
     def build(self, source: str, variants: Sequence[str] | None, output: Path) -> Built:
-        """Compile for these instruction sets (None: all) and link; CompileError with the first lines of the compiler when it fails."""
+        """Compile for these instruction sets (None: all) and link; CompileError with the compiler's own first lines on failure."""
         ...
 
     def describe(self) -> str:

@@ -7,7 +7,7 @@ from abc import ABC
 
 import numpy as np
 
-from stemma.backends.dialect import Dialect
+from stemma.backends.dialect import Dialect, bare
 from stemma.ir import dtype
 
 # Helpers of integer and float arithmetic with the meaning that the IR gives it; @ stands for the function specifiers.
@@ -55,6 +55,14 @@ DOUBLE = {
 
 class CFamily(Dialect, ABC):
     """C++ spelling of constants, definitions and loops."""
+
+    def convert(self, text: str, source: str, target: str) -> str:
+        """A cast between types that the language has itself."""
+        if target == "bool":
+            return f"({text} != 0)"
+        if self.value[source] == self.value[target] and dtype(target).kind == "float":
+            return text
+        return f"({self.value[target]})({bare(text)})"
 
     def literal(self, value: float | int | bool, kind: str) -> str:
         match dtype(kind).kind:

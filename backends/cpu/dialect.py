@@ -85,11 +85,7 @@ class Cpp(CFamily):
         if target in ("bf16", "f16"):
             plain = bare(text) if source in ("f32", "bf16", "f16") else f"(float)({bare(text)})"
             return f"st_f32(st_{target}({plain}))"
-        if target == "bool":
-            return f"({text} != 0)"
-        if self.value[source] == self.value[target] and dtype(target).kind == "float":
-            return text
-        return f"({self.value[target]})({bare(text)})"
+        return super().convert(text, source, target)
 
     def load(self, buffer: Buffer, offset: str) -> str:
         place = f"{buffer.name}[{offset}]"

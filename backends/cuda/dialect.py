@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from stemma.backends.c_family import ARITHMETIC, DOUBLE, HELPERS, KEYWORDS, CFamily, product, unravel
 from stemma.backends.dialect import Buffer, Grid, Reduction, bare
-from stemma.ir import dtype
 
 BLOCK = 256
 
@@ -27,11 +26,7 @@ class Cuda(CFamily):
             return f"__bfloat162float(__float2bfloat16_rn({bare(text)}))"
         if target == "f16":
             return f"__half2float(__float2half_rn({bare(text)}))"
-        if target == "bool":
-            return f"({text} != 0)"
-        if self.value[source] == self.value[target] and dtype(target).kind == "float":
-            return text
-        return f"({self.value[target]})({bare(text)})"
+        return super().convert(text, source, target)
 
     def load(self, buffer: Buffer, offset: str) -> str:
         place = f"{buffer.name}[{offset}]"

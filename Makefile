@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 demo: install
 	@mkdir -p build
 	$(BIN)/stemma compile examples/models/target -o build/demo.stemma --preset small
-	$(BIN)/stemma run build/demo.stemma -p "def quicksort(" --max-new-tokens 120
+	$(BIN)/stemma run build/demo.stemma -p "def read(self, size):" --max-new-tokens 120 --temperature 0.7 --seed 2
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

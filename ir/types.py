@@ -6,7 +6,6 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -39,11 +38,6 @@ class DType:
             return code_bytes
         scales = size.floordiv(elements, self.group) if self.group else rows
         return code_bytes + scales * (self.scale_bits // 8)
-
-    @property
-    def bits_per_element(self) -> Fraction:
-        """Average stored bits, the scales of groups included (a scale per row counts as nothing)."""
-        return Fraction(self.bits) + (Fraction(self.scale_bits, self.group) if self.group else 0)
 
 
 _PLAIN = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from stemma.ir.errors import TypeMismatch, VerifyError
-from stemma.ir.function import Function, Module, walk
+from stemma.ir.function import Function, Module
 from stemma.ir.node import Node
 from stemma.ir.text import print_module
+from stemma.ir.types import Tuple
 
 LEVELS = {
     "program": frozenset({"program", "tensor"}),
@@ -64,10 +65,5 @@ def constant_nodes(function: Function) -> set[Node]:
 
 
 def _sizes(node: Node) -> list[object]:
-    from stemma.ir.types import Tuple
-
     types = node.type.items if isinstance(node.type, Tuple) else (node.type,)
     return [s for t in types for s in t.shape]
-
-
-__all__ = ["LEVELS", "constant_nodes", "verify", "walk"]

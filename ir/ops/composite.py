@@ -8,7 +8,7 @@ import numpy as np
 
 from stemma.ir.errors import TypeMismatch
 from stemma.ir.node import INF, Node, Op
-from stemma.ir.ops.core import cast, constant, iota
+from stemma.ir.ops.core import cast, constant, iota, size_value
 from stemma.ir.ops.elementwise import (
     add,
     broadcast,
@@ -299,7 +299,7 @@ class Attention(Op):
         row = reshape(iota(size=t), shape=(t, 1)) + constant(value=0, dtype="i64")
         offset = s - t
         if offset != 0:
-            row = row + _size(offset)
+            row = row + size_value(size=offset)
         distance = sub(row, reshape(iota(size=s), shape=(1, s)))
         zero = constant(value=0, dtype="i64")
         visible = le(zero, distance) if causal else None
@@ -318,12 +318,6 @@ class Attention(Op):
         batch, heads, t, width = q.shape
         total = batch * heads * t * k.shape[2] * (width + v.shape[3]) * 2
         return total // 2 if causal else total
-
-
-def _size(value: SizeLike) -> Node:
-    from stemma.ir.ops.core import size_value
-
-    return size_value(size=value)
 
 
 class CachedAttention(Op):

@@ -8,7 +8,7 @@ import numpy as np
 
 from stemma.ir import size
 from stemma.ir.errors import TypeMismatch
-from stemma.ir.node import Node, Op
+from stemma.ir.node import Cost, Node, Op
 from stemma.ir.ops.core import cast
 from stemma.ir.ops.elementwise import add, broadcast
 from stemma.ir.ops.shape import take, transpose
@@ -147,9 +147,7 @@ class Embedding(Op):
         wide = dequantize(w) if dtype(w.dtype).kind == "quantized" else cast(w, dtype="f32")
         return take(wide, ids, axis=0)
 
-    def cost(self, node: Node) -> Any:
-        from stemma.ir.node import Cost
-
+    def cost(self, node: Node) -> Cost:
         w, ids = (i.tensor for i in node.inputs)
         rows = Tensor(w.dtype, (ids.elements, w.shape[1]))
         return Cost(0, rows.bytes + ids.bytes + node.tensor.bytes)

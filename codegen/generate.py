@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from stemma.backends.base import Argument, Backend, Refusal
 from stemma.codegen import lower
 from stemma.codegen.render import render
-from stemma.ir import CompileError, Function, Module, SizeLike, Tuple, dtype, print_module
+from stemma.ir import CompileError, Function, Module, SizeLike, dtype, print_module, tensors_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Generated:
 def generate(body: Function, backend: Backend) -> Generated | Refusal:
     """Kernels for `body`; a refusal when it has regions or element types that the backend does not hold in memory."""
     for node in body.nodes:
-        for tensor in node.type.items if isinstance(node.type, Tuple) else (node.type,):
+        for tensor in tensors_of(node.type):
             if dtype(tensor.dtype).kind == "quantized" or tensor.dtype not in backend.dtypes:
                 return Refusal(f"generated kernels have no values of {tensor.dtype}")
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from stemma.backends.base import Backend, Claim, Inputs, Refusal
 from stemma.codegen.generate import Generated, generate
-from stemma.ir import CompileError, Function, Node, Tuple, constant_nodes, ops, stamp
+from stemma.ir import CompileError, Function, Node, constant_nodes, ops, stamp, tensors_of
 
 SCALARS = ("constant", "size_value")
 ROUNDS = 64
@@ -148,7 +148,7 @@ class _Constants:
     def __contains__(self, node: object) -> bool:
         assert isinstance(node, Node)
         if node not in self._memo:
-            types = node.type.items if isinstance(node.type, Tuple) else (node.type,)
+            types = tensors_of(node.type)
             fixed = node.op.name not in ("param", "size_value", "iota") and all(isinstance(s, int) for t in types for s in t.shape)
             self._memo[node] = fixed and all(i in self for i in node.inputs)
         return self._memo[node]

@@ -16,7 +16,7 @@ from stemma.codegen import lower
 from stemma.codegen.generate import Generated
 from stemma.codegen.legalize import Offers, is_alias, is_launch, kernel_body
 from stemma.codegen.plan import Lifetime, Plan, plan
-from stemma.ir import CompileError, Cost, Function, Node, SizeLike, Tensor, Tuple, constant_nodes, size
+from stemma.ir import CompileError, Cost, Function, Node, SizeLike, Tensor, constant_nodes, size, tensors_of
 
 ROWS = "rows"
 
@@ -351,7 +351,7 @@ class _Builder:
 
 
 def _types(node: Node) -> tuple[Tensor, ...]:
-    return node.type.items if isinstance(node.type, Tuple) else (node.type,)
+    return tensors_of(node.type)
 
 
 def _title(body: Function) -> str:

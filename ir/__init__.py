@@ -13,19 +13,20 @@ from stemma.ir.errors import (
     VerifyError,
 )  # fmt: skip
 from stemma.ir.function import Function, Module, topological, walk
-from stemma.ir.interpret import Context, evaluate_constant, interpret
+from stemma.ir.interpret import Context, World, evaluate_constant, interpret
 from stemma.ir.node import OPS, Cost, Node, Op, Origin, stamp
 from stemma.ir.rows import Rows
 from stemma.ir.size import Dim, Size, SizeLike, dim
 from stemma.ir.text import parse_module, print_module
-from stemma.ir.types import Array, DType, Quantized, Tensor, Tuple, Type, dtype, quantize_array
+from stemma.ir.types import Array, DType, Quantized, State, Tensor, Tuple, Type, dtype, quantize_array, tensors_of
 from stemma.ir.verify import LEVELS, constant_nodes, verify
 from stemma.ir.weights import WeightStore
 
 __all__ = [
     "LEVELS", "OPS", "Array", "BudgetError", "CheckpointError", "CompileError", "Context", "Cost", "DType", "Dim", "Function",
-    "Module", "Node", "Op", "Origin", "ParseError", "PassError", "Quantized", "Rows", "Size", "SizeLike", "StemmaError", "Tensor",
-    "Tuple", "Type", "TypeMismatch", "UnsupportedError", "VerifyError", "WeightStore", "constant_nodes", "dim", "dtype",
+    "Module", "Node", "Op", "Origin", "ParseError", "PassError", "Quantized", "Rows", "Size", "SizeLike", "State", "StemmaError",
+    "Tensor", "Tuple", "Type", "TypeMismatch", "UnsupportedError", "VerifyError", "WeightStore", "World",
+    "constant_nodes", "dim", "dtype",
     "evaluate_constant", "interpret", "ops", "parse_module", "print_module", "quantize_array", "size", "stamp",
-    "topological", "verify", "walk",
+    "tensors_of", "topological", "verify", "walk",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 from stemma.ir import size
 from stemma.ir.errors import StemmaError, VerifyError
 from stemma.ir.node import Node, _key, freeze
-from stemma.ir.types import Tensor, Tuple, Type
+from stemma.ir.types import Tensor, Tuple, Type, tensors_of
 
 
 def topological(results: Iterable[Node], known: Iterable[Node] = ()) -> list[Node]:
@@ -69,7 +69,9 @@ class Function:
     @property
     def type(self) -> Type:
         """The type of the results: a tensor for one, else a tuple."""
-        types = tuple(r.tensor for r in self.results)
+        if any(isinstance(r.type, Tuple) for r in self.results):
+            raise VerifyError(f"Function {self.name!r} returns a node with several results; read one with get(node, index=i).")
+        types = tuple(r.type for r in self.results if not isinstance(r.type, Tuple))
         return types[0] if len(types) == 1 else Tuple(types)
 
     def users(self) -> dict[Node, list[Node]]:
@@ -84,7 +86,7 @@ class Function:
         """The named dimensions in parameter order, then those that appear only inside."""
         found: dict[size.Dim, None] = {}
         for node in (*self.params, *self.nodes):
-            for tensor in node.type.items if isinstance(node.type, Tuple) else (node.type,):
+            for tensor in tensors_of(node.type):
                 for s in tensor.shape:
                     found.update(dict.fromkeys(sorted(size.dims(s), key=str)))
         return list(found)

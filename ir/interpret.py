@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,30 @@ from stemma.ir.errors import StemmaError, TypeMismatch
 from stemma.ir.function import Function, topological
 from stemma.ir.node import Node
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Array, Quantized, Tensor, Type, dtype, numpy_dtype, round_bf16, widen_bf16
+from stemma.ir.types import Array, Quantized, State, Tensor, Type, dtype, numpy_dtype, round_bf16, widen_bf16
 from stemma.ir.weights import WeightStore
 
 WeightSource = Callable[[str], Any]
 
 
+@dataclass(frozen=True)
+class World:
+    """What a decoding program reaches outside itself: models, Python functions, compiled functions, each by name."""
+
+    models: Mapping[str, Any] = field(default_factory=dict)
+    host: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    compiled: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
 class Context:
-    """What evaluations may ask for: the float type, sizes, weights, and calls of regions.
+    """What evaluations may ask for: the float type, sizes, weights, calls of regions, and a program's `World`.
 
     `float` is float64 (the reference) or float32. Narrower float types round only where a `cast` says so.
     """
 
-    def __init__(self, weights: WeightSource | None, float_type: type = np.float64) -> None:
+    def __init__(self, weights: WeightSource | None, float_type: type = np.float64, world: World = World()) -> None:
         self.float = float_type
+        self.world = world
         self.sizes: dict[str, int] = {}
         self._weights = weights
 
@@ -35,6 +46,29 @@ class Context:
 
     def size(self, expression: SizeLike) -> int:
         return size.evaluate(expression, self.sizes)
+
+    def model(self, name: str) -> Any:
+        """The reference model of that name; StemmaError when there is none."""
+        return self._reach("model", self.world.models, name)
+
+    def host(self, name: str, inputs: Sequence[Any], type: Tensor) -> Any:
+        """The checked result of a Python function; StemmaError when it has not the type that the program declares."""
+        value = np.asarray(self._reach("host function", self.world.host, name)(*inputs))
+        kinds = {"f": "float", "i": "int", "u": "int", "b": "bool"}
+        expected = tuple(self.size(s) for s in type.shape)
+        if value.shape != expected or dtype(type.dtype).kind != kinds.get(value.dtype.kind):
+            raise StemmaError(f"The host function {name!r} returned {value.dtype}{list(value.shape)}; {type!r} is declared.")
+        return value.astype(self.numpy(type.dtype))
+
+    def compiled(self, name: str, inputs: Sequence[Any]) -> Any:
+        """The result of a compiled function of the module."""
+        return self._reach("function", self.world.compiled, name)(*inputs)
+
+    @staticmethod
+    def _reach(what: str, known: Mapping[str, Any], name: str) -> Any:
+        if name not in known:
+            raise StemmaError(f"The program needs the {what} {name!r}; given: {', '.join(sorted(known)) or 'none'}.")
+        return known[name]
 
     def weight(self, name: str, type: Tensor) -> Any:
         """The stored value, floats widened to `float`; StemmaError when its shape is not the declared one."""
@@ -95,6 +129,8 @@ def bind_sizes(
     values: dict[str, int] = {}
     composite: list[tuple[SizeLike, int, str]] = []
     for type, shape, name in zip(types, shapes, names, strict=True):
+        if isinstance(type, State):
+            continue
         if not isinstance(type, Tensor) or len(shape) != type.rank:
             raise StemmaError(f"The input {name!r} has {len(shape)} axes; it must be {type!r}.")
         for expected, actual in zip(type.shape, shape, strict=True):
@@ -124,23 +160,27 @@ def interpret(
     *,
     sizes: Mapping[str, int] | None = None,
     float_type: type = np.float64,
+    world: World = World(),
 ) -> dict[str, Any]:
     """Run `function` on arrays (by parameter name or in order); returns results by name.
 
     Float inputs are widened to `float_type`. `weights` maps a name to an array (bf16 given as widened floats) or `Quantized`.
-    `sizes` gives dimensions that no input shows. Raises StemmaError when inputs do not fit the parameters.
+    `sizes` gives dimensions that no input shows; `world` what a decoding program reaches (states are
+    given as their values). Raises StemmaError when inputs do not fit the parameters.
     """
     names = [p.attrs["name"] for p in function.params]
     given = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=True))
     if given.keys() != set(names):
         raise StemmaError(f"The function {function.name!r} takes {', '.join(names)}; given: {', '.join(given)}.")
     source = weights.__getitem__ if isinstance(weights, Mapping) else weights
-    context = Context(source, float_type)
-    values = [given[n] if isinstance(given[n], Quantized) else np.asarray(given[n]) for n in names]
-    context.sizes = dict(sizes or {}) | bind_sizes([p.type for p in function.params], [v.shape for v in values], names, sizes)
+    context = Context(source, float_type, world)
+    whole = [isinstance(given[n], Quantized) or isinstance(p.type, State) for n, p in zip(names, function.params, strict=True)]
+    values = [given[n] if kept else np.asarray(given[n]) for n, kept in zip(names, whole, strict=True)]
+    shapes = [() if isinstance(p.type, State) else v.shape for p, v in zip(function.params, values, strict=True)]
+    context.sizes = dict(sizes or {}) | bind_sizes([p.type for p in function.params], shapes, names, sizes)
     arguments = []
-    for parameter, value in zip(function.params, values, strict=True):
-        if not isinstance(value, Quantized):
+    for parameter, value, kept in zip(function.params, values, whole, strict=True):
+        if not kept:
             value = value.astype(context.numpy(parameter.dtype), copy=False)
         arguments.append(value)
     return dict(zip(function.result_names, context.call(function, arguments), strict=True))

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from stemma.ir import size
 from stemma.ir.errors import StemmaError, TypeMismatch
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Tensor, Tuple, Type
+from stemma.ir.types import Tensor, Type, tensors_of
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ class Op:
 
     def flops(self, *types: Any, **attrs: Any) -> SizeLike:
         """Arithmetic operations, from the result's and the inputs' types; by default one per element of the (first) result."""
-        result = types[0]
-        return (result if isinstance(result, Tensor) else result.items[0]).elements
+        return next((t.elements for t in tensors_of(types[0])), 0)
 
     def cost(self, node: Node) -> Cost:
         """FLOPs and bytes of one evaluation that reads all inputs and writes all results once."""
@@ -211,7 +210,7 @@ class Op:
 
 def type_bytes(type: Type) -> list[SizeLike]:
     """Stored bytes of each tensor of a type."""
-    return [t.bytes for t in type.items] if isinstance(type, Tuple) else [type.bytes]
+    return [t.bytes for t in tensors_of(type)]
 
 
 def _as_node(op: Op, value: object, like: Node | None) -> Node:

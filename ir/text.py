@@ -22,7 +22,7 @@ from stemma.ir.errors import ParseError, StemmaError
 from stemma.ir.function import Function, Module
 from stemma.ir.node import OPS, Node
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Tensor, Tuple
+from stemma.ir.types import State, Tensor, Tuple, Type
 
 HEADER = "# stemma ir 1"
 
@@ -154,11 +154,14 @@ class _Reader:
                 raise
         raise ParseError(f"the function {name!r} does not return a dictionary of results")
 
-    def type(self, tree: ast.expr) -> Tensor | Tuple:
+    def type(self, tree: ast.expr) -> Type:
         match tree:
+            case ast.Subscript(value=ast.Name(id="State"), slice=items):
+                kind, *args = ast.literal_eval(items) if isinstance(items, ast.Tuple) else (ast.literal_eval(items),)
+                return State(kind, tuple(args))
             case ast.Subscript(value=ast.Name(id="Tuple"), slice=items):
                 parts = items.elts if isinstance(items, ast.Tuple) else [items]
-                return Tuple(tuple(t for t in map(self.type, parts) if isinstance(t, Tensor)))
+                return Tuple(tuple(t for t in map(self.type, parts) if not isinstance(t, Tuple)))
             case ast.Subscript(value=ast.Name(id=name), slice=shape):
                 parts = shape.elts if isinstance(shape, ast.Tuple) else [shape]
                 return Tensor(name, tuple(size.from_ast(s, self.sizes) for s in parts))

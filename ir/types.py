@@ -109,16 +109,36 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class State:
+    """A value of a decoding program that is no array: a set of sequences, a token tree, an output, a drafter's table.
+
+    States are values like any other: an operation on one gives a new one. `args` are strings and integers, part of the type.
+    """
+
+    kind: str
+    args: tuple[str | int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"State[{', '.join(map(repr, (self.kind, *self.args)))}]"
+
+
+@dataclass(frozen=True)
 class Tuple:
     """The type of a node with several results; `get(node, index=i)` reads one."""
 
-    items: tuple[Tensor, ...]
+    items: tuple[Tensor | State, ...]
 
     def __repr__(self) -> str:
         return f"Tuple[{', '.join(map(repr, self.items))}]"
 
 
-Type = Tensor | Tuple
+Type = Tensor | Tuple | State
+
+
+def tensors_of(type: Type) -> tuple[Tensor, ...]:
+    """The tensors in a type: itself, or those of a tuple; states have none."""
+    items = type.items if isinstance(type, Tuple) else (type,)
+    return tuple(t for t in items if isinstance(t, Tensor))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from stemma.ir.errors import TypeMismatch, VerifyError
 from stemma.ir.function import Function, Module
 from stemma.ir.node import Node
 from stemma.ir.text import print_module
-from stemma.ir.types import Tuple
+from stemma.ir.types import tensors_of
 
 LEVELS = {
     "program": frozenset({"program", "tensor"}),
@@ -16,13 +16,16 @@ LEVELS = {
 
 
 def verify(module: Module, level: str = "tensor") -> None:
-    """Raise VerifyError unless every node obeys its type rule, is legal at `level`, and every parameter is declared."""
-    legal = LEVELS[level]
+    """Raise VerifyError unless every node obeys its type rule, is legal at `level`, and every parameter is declared.
+
+    Functions that the property `programs` names are decoding programs, at the level "program" whatever the others' level.
+    """
+    programs = module.properties.get("programs", ())
     names = [f.name for f in module]
     if len(set(names)) != len(names):
         raise VerifyError(f"The module has two functions of one name: {', '.join(names)}.")
     for function in module:
-        _verify_function(function, module, legal)
+        _verify_function(function, module, LEVELS["program" if function.name in programs else level])
 
 
 def _verify_function(function: Function, module: Module, legal: frozenset[str]) -> None:
@@ -65,5 +68,4 @@ def constant_nodes(function: Function) -> set[Node]:
 
 
 def _sizes(node: Node) -> list[object]:
-    types = node.type.items if isinstance(node.type, Tuple) else (node.type,)
-    return [s for t in types for s in t.shape]
+    return [s for t in tensors_of(node.type) for s in t.shape]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 
-from stemma.ir import Function, Node, Tensor
+from stemma.ir import Function, Node, tensors_of
 
 _KNOWN: weakref.WeakKeyDictionary[Node, bool] = weakref.WeakKeyDictionary()  # nodes are immutable: never stale
 
@@ -14,8 +14,7 @@ def is_constant(node: Node) -> bool:
     if node not in _KNOWN:
         for n in Function("", (), {"value": node}).nodes:
             if n not in _KNOWN:
-                leaf = n.op.name in ("param", "size_value", "iota")
-                types = (n.type,) if isinstance(n.type, Tensor) else n.type.items
-                fixed = all(isinstance(s, int) for t in types for s in t.shape)
+                leaf = n.op.name in ("param", "size_value", "iota") or n.op.level == "program"
+                fixed = all(isinstance(s, int) for t in tensors_of(n.type) for s in t.shape)
                 _KNOWN[n] = not leaf and fixed and all(_KNOWN[i] for i in n.inputs)
     return _KNOWN[node]

@@ -1,6 +1,7 @@
 """Every operation of the IR. `ops.add(a, b)` builds a node; `OPS["add"]` finds one by name."""
 
 from stemma.ir.node import OPS
+from stemma.ir.ops.choose import noise, select
 from stemma.ir.ops.composite import (
     attention,
     cached_attention,
@@ -52,6 +53,33 @@ from stemma.ir.ops.elementwise import (
 )  # fmt: skip
 from stemma.ir.ops.kernel import load, loop_index, reduce_loop, store
 from stemma.ir.ops.linear import conv, dequantize, embedding, linear, matmul, quantize
+from stemma.ir.ops.program import (
+    call,
+    emit,
+    emitted,
+    expand,
+    feed,
+    finish,
+    follow,
+    followed_path,
+    fork,
+    has_child,
+    history,
+    host,
+    is_in,
+    length,
+    settle,
+    start,
+    step,
+    step_mixed,
+    sync,
+    token_counts,
+    top_k,
+    tree,
+    tree_extend,
+    tree_merge,
+    tree_nodes,
+)  # fmt: skip
 from stemma.ir.ops.reduce import argmax, cumsum, reduce_max, reduce_min, reduce_sum
 from stemma.ir.ops.shape import (
     broadcast_to,
@@ -66,12 +94,14 @@ from stemma.ir.ops.shape import (
 )  # fmt: skip
 
 __all__ = [
-    "OPS", "abs", "add", "argmax", "attention", "broadcast_to", "cached_attention", "cast", "ceil", "concat",
-    "cond", "constant", "conv", "cos", "cumsum", "dequantize", "div", "embedding", "eq", "erf", "exp", "floor",
-    "floordiv", "fused", "gated", "ge", "gelu", "get", "gt", "iota", "layer_norm", "le", "linear", "load", "log",
-    "logical_and", "logical_not", "logical_or", "loop", "loop_index", "lt", "matmul", "maximum", "minimum", "mod",
-    "mul", "ne", "neg", "pad", "param", "pow", "quantize", "reciprocal", "reduce_loop", "reduce_max", "reduce_min",
-    "reduce_sum", "reshape", "rms_norm", "rope", "round", "rsqrt", "scatter", "sigmoid", "sign", "silu", "sin",
-    "size_value", "slice", "softmax", "sqrt", "store", "sub", "take", "take_along", "tanh", "transpose", "weight",
-    "where",
+    "OPS", "abs", "add", "argmax", "attention", "broadcast_to", "cached_attention", "call", "cast", "ceil", "concat",
+    "cond", "constant", "conv", "cos", "cumsum", "dequantize", "div", "embedding", "emit", "emitted", "eq", "erf",
+    "exp", "expand", "feed", "finish", "floor", "floordiv", "follow", "followed_path", "fork", "fused", "gated", "ge",
+    "gelu", "get", "gt", "has_child", "history", "host", "iota", "is_in", "layer_norm", "le", "length", "linear",
+    "load", "log", "logical_and", "logical_not", "logical_or", "loop", "loop_index", "lt", "matmul", "maximum",
+    "minimum", "mod", "mul", "ne", "neg", "noise", "pad", "param", "pow", "quantize", "reciprocal", "reduce_loop",
+    "reduce_max", "reduce_min", "reduce_sum", "reshape", "rms_norm", "rope", "round", "rsqrt", "scatter", "select",
+    "settle", "sigmoid", "sign", "silu", "sin", "size_value", "slice", "softmax", "sqrt", "start", "step",
+    "step_mixed", "store", "sub", "sync", "take", "take_along", "tanh", "token_counts", "top_k", "transpose", "tree",
+    "tree_extend", "tree_merge", "tree_nodes", "weight", "where",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from stemma.ir.errors import TypeMismatch
 from stemma.ir.function import Function
 from stemma.ir.node import Op
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Tensor, Tuple, Type, dtype
+from stemma.ir.types import State, Tensor, Tuple, Type, dtype
 
 
 class Param(Op):
@@ -20,7 +20,7 @@ class Param(Op):
     name = "param"
     tags = frozenset({"leaf"})
 
-    def infer(self, *, name: str, type: Tensor) -> Type:
+    def infer(self, *, name: str, type: Tensor | State) -> Type:
         if not name.isidentifier():
             raise TypeMismatch(f"the parameter name {name!r} is not an identifier")
         return type
@@ -116,6 +116,10 @@ class Get(Op):
         return 0
 
 
+def _items(type: Type) -> tuple[Any, ...]:
+    return type.items if isinstance(type, Tuple) else (type,)
+
+
 def _check_region(body: Function, inputs: tuple[Type, ...], what: str) -> None:
     expected = tuple(p.type for p in body.params)
     if expected != inputs:
@@ -149,12 +153,15 @@ class Loop(Op):
 
     def infer(self, *init: Type, body: Function) -> Type:
         _check_region(body, init, "loop body")
-        results = tuple(r.tensor for r in body.results)
-        if not results or results[0] != Tensor("bool", ()):
+        again, *results = _items(body.type) or (None,)
+        if again != Tensor("bool", ()):
             raise TypeMismatch("the first result of a loop body must be a bool scalar: whether to run again")
-        if results[1:] != init:
-            raise TypeMismatch(f"the loop body returns {results[1:]}, but carries {init}")
-        return Tuple(results[1:])
+        for number, (carried, returned) in enumerate(zip(init, results)):
+            if carried != returned:
+                raise TypeMismatch(f"the loop carries {carried!r} as value {number}, but its body returns {returned!r}")
+        if len(results) != len(init):
+            raise TypeMismatch(f"the loop carries {len(init)} values, but its body returns {len(results)}")
+        return Tuple(tuple(results))
 
     def evaluate(self, ctx: Any, *init: Any, body: Function) -> Any:
         again, carried = True, tuple(init)

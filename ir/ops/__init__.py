@@ -54,6 +54,7 @@ from stemma.ir.ops.elementwise import (
 from stemma.ir.ops.kernel import load, loop_index, reduce_loop, store
 from stemma.ir.ops.linear import conv, dequantize, embedding, linear, matmul, quantize
 from stemma.ir.ops.program import (
+    array,
     call,
     emit,
     emitted,
@@ -94,7 +95,7 @@ from stemma.ir.ops.shape import (
 )  # fmt: skip
 
 __all__ = [
-    "OPS", "abs", "add", "argmax", "attention", "broadcast_to", "cached_attention", "call", "cast", "ceil", "concat",
+    "OPS", "abs", "add", "argmax", "array", "attention", "broadcast_to", "cached_attention", "call", "cast", "ceil", "concat",
     "cond", "constant", "conv", "cos", "cumsum", "dequantize", "div", "embedding", "emit", "emitted", "eq", "erf",
     "exp", "expand", "feed", "finish", "floor", "floordiv", "follow", "followed_path", "fork", "fused", "gated", "ge",
     "gelu", "get", "gt", "has_child", "history", "host", "iota", "is_in", "layer_norm", "le", "length", "linear",

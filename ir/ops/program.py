@@ -576,6 +576,21 @@ class TopK(ProgramOp):
         return np.pad(values, short, constant_values=-np.inf), np.pad(order, short, constant_values=-1)
 
 
+class ArrayOp(ProgramOp):
+    """`array(values=, dtype="i32")` -> dtype[n]: a constant row of numbers, such as the template of a tree."""
+
+    name = "array"
+    tags = frozenset({"leaf"})
+
+    def infer(self, *, values: tuple[float, ...], dtype: str = "i32") -> Type:
+        if dtype not in ("i32", "f32") or not all(isinstance(v, (int, float)) for v in values):
+            raise TypeMismatch("an array holds i32 or f32 numbers")
+        return Tensor(dtype, (len(values),))
+
+    def evaluate(self, ctx: Any, *, values: tuple[float, ...], dtype: str) -> Any:
+        return np.array(values, ctx.numpy(dtype))
+
+
 class Host(ProgramOp):
     """`host(*inputs, function=, type=)`: calls a Python function of that name with arrays; its result must have `type`.
 
@@ -612,4 +627,4 @@ length, history, token_counts = Length(), History(), TokenCounts()
 tree, tree_extend, tree_merge, tree_nodes = Tree(), TreeExtend(), TreeMerge(), TreeNodes()
 expand, has_child, follow, settle, followed_path = Expand(), HasChild(), Follow(), Settle(), FollowedPath()
 emit, emitted, finish, is_in = Emit(), Emitted(), Finish(), IsIn()
-top_k, host, call = TopK(), Host(), Call()
+top_k, array, host, call = TopK(), ArrayOp(), Host(), Call()

@@ -155,7 +155,7 @@ def _fields(d: size.Dim) -> tuple[str, int, int]:
 
 def interpret(
     function: Function,
-    inputs: Mapping[str, Array] | Sequence[Array],
+    inputs: Mapping[str, Any] | Sequence[Any],
     weights: WeightSource | Mapping[str, Any] | None = None,
     *,
     sizes: Mapping[str, int] | None = None,

@@ -64,18 +64,18 @@ def test_following_a_tree_is_stepping(nodes: list[tuple[int, int]], prompt: list
     plain = SequencesValue(MODEL, (tuple(prompt[:-1]),))
     followed, logits, _ = run("expand", plain, tree, fresh=24)
     assert followed.histories == plain.histories
-    token = np.array([prompt[-1]], np.int32)
-    while run("has_child", followed, token):
-        followed, seen, hidden = run("follow", followed, token)
-        plain, expected, expected_hidden = run("step", plain, token)
+    next_token = np.array([prompt[-1]], np.int32)
+    while run("has_child", followed, next_token):
+        followed, seen, hidden = run("follow", followed, next_token)
+        plain, expected, expected_hidden = run("step", plain, next_token)
         np.testing.assert_array_equal(seen, expected)
         np.testing.assert_array_equal(hidden, expected_hidden)
         np.testing.assert_array_equal(logits[followed.visited[-1]], expected[0])
-        token = np.array([int(np.argmax(seen))], np.int32)
+        next_token = np.array([int(np.argmax(seen))], np.int32)
     path = run("followed_path", followed, size=24)
     assert [tree.tokens[i] for i in path if i >= 0] == list(followed.histories[0][len(prompt) - 1 :])
     with pytest.raises(StemmaError, match="does not go on"):
-        run("follow", followed, token)
+        run("follow", followed, next_token)
     assert run("settle", followed) == plain
 
 

@@ -58,28 +58,19 @@ from stemma.ir.ops.program import (
     call,
     emit,
     emitted,
-    expand,
     feed,
     finish,
-    follow,
-    followed_path,
     fork,
-    has_child,
     history,
     host,
     is_in,
     length,
-    settle,
     start,
     step,
     step_mixed,
     sync,
     token_counts,
     top_k,
-    tree,
-    tree_extend,
-    tree_merge,
-    tree_nodes,
 )  # fmt: skip
 from stemma.ir.ops.reduce import argmax, cumsum, reduce_max, reduce_min, reduce_sum
 from stemma.ir.ops.shape import (
@@ -93,6 +84,7 @@ from stemma.ir.ops.shape import (
     take_along,
     transpose,
 )  # fmt: skip
+from stemma.ir.ops.tree import expand, follow, followed_path, has_child, settle, tree, tree_extend, tree_merge, tree_nodes
 
 __all__ = [
     "OPS", "abs", "add", "argmax", "array", "attention", "broadcast_to", "cached_attention", "call", "cast", "ceil", "concat",

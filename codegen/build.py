@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from stemma.codegen.artifact import Member, Stream, write_artifact
 from stemma.codegen.emit import emit, function_table
 from stemma.codegen.join import join
 from stemma.codegen.legalize import Offers, legalize
+from stemma.codegen.program import MEMBER, lower_programs, models_of, program_table, programs_of, without_programs
 from stemma.codegen.schedule import Packed, Schedule, Weights, schedule
 from stemma.ir import CompileError, Module, WeightStore, print_module
 
-FORMAT, ABI = 1, 1
+FORMAT, ABI = 2, 2
 WEIGHTS = "weights.bin"
 Progress = Callable[[str, int, int], None]
 
@@ -84,10 +85,13 @@ def build(
     started = time.perf_counter()
     backend = target_backend(targets)
     report("generating code", 0, 1)
-    made = program(module, backend, f"{module.properties.get('name', Path(output).stem)}")
+    made = program(without_programs(module), backend, f"{module.properties.get('name', Path(output).stem)}")
     extra = extra_files if isinstance(extra_files, Mapping) else {path.name: path for path in extra_files}
     seconds["generate"] = time.perf_counter() - started
     manifest = _manifest(module, made, Path(output).stem, manifest_extra or {})
+    if manifest["models"]:
+        blob = lower_programs(programs_of(module), models_of(module), manifest["functions"], weights)
+        extra = {MEMBER: blob, **extra}
     toolchain = backend.toolchain
     if toolchain is None:
         raise CompileError(f"The backend {backend.name} builds no library, so no artifact can be written for it.")
@@ -162,6 +166,8 @@ def _manifest(module: Module, made: Program, name: str, extra: Mapping[str, Any]
         manifest["vocab"] = properties.get("vocab")
         manifest["eos"] = list(eos) if isinstance(eos, tuple) else [eos] if eos is not None else []
         manifest["bos"] = properties.get("bos")
+    manifest["models"] = [asdict(m) for m in models_of(module)]
+    manifest["programs"] = {p.function.name: program_table(p) for p in programs_of(module)}
     manifest["weights"] = {"member": WEIGHTS, "bytes": made.layout.total, "sha256": "", "tensors": weight_table(made)}
     return manifest | dict(extra)
 

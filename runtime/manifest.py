@@ -8,8 +8,8 @@ from typing import Any
 
 from stemma.runtime.sizes import SizeFunction, compile_size
 
-FORMAT = 1
-ABI = 1
+FORMAT = 2
+ABI = 2
 KINDS = ("causal_lm", "model")
 ITEM_BYTES = {
     "f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i16": 2, "i8": 1, "u8": 1, "bool": 1,

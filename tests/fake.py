@@ -77,8 +77,8 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "results": [tensor("y", "batch", "1*width", dtype="f32"), tensor("total", 1, dtype="i64")],
     }
     return {
-        "format": 1,
-        "abi": 1,
+        "format": 2,
+        "abi": 2,
         "stemma": "0.1.0",
         "kind": "causal_lm",
         "name": "fake",

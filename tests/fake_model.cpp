@@ -11,7 +11,7 @@
 #include <string.h>
 
 #ifndef ABI
-#define ABI 1
+#define ABI 2
 #endif
 #ifndef SUPPORTED
 #define SUPPORTED "portable"

@@ -360,7 +360,7 @@ def test_variants_and_threads(path: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "defines, changes, message",
     [
-        (("ABI=2",), {}, "have interface 2; this version of Stemma calls interface 1"),
+        (("ABI=1",), {}, "have interface 1; this version of Stemma calls interface 2"),
         (('SUPPORTED="none"',), {}, "This machine has none of the instruction sets .* \\(imaginary, portable\\)"),
         ((), {"targets": {"cuda": {}}}, "has kernels for cuda, and this runtime runs 'cpu'"),
         ((), {"targets": {}}, "has kernels for no target"),

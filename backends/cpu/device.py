@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from stemma.runtime.errors import DeviceError, InputError
 
-ABI = 1
+ABI = 2
 PAGE = 4096
 HUGE_PAGE = 2 << 20
 _ERROR_BYTES = 1024

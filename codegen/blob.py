@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,13 +58,13 @@ class Writer:
         return self._numbers.setdefault(value, len(self._numbers))
 
     def blob(self, body: list[int]) -> bytes:
-        """Header, strings and `body`."""
+        """Header (its second word holds the version and, above it, the CRC-32 of what follows), strings and `body`."""
         strings = struct.pack("<q", len(self._numbers))
         for value in self._numbers:
             data = value.encode()
             strings += struct.pack("<q", len(data)) + data + bytes(-len(data) % 8)
-        words = np.array(body, np.int64).astype("<i8").tobytes()
-        return struct.pack("<qqq", MAGIC, VERSION, 3 + (len(strings) + len(words)) // 8) + strings + words
+        words = strings + np.array(body, np.int64).astype("<i8").tobytes()
+        return struct.pack("<qQq", MAGIC, VERSION | zlib.crc32(words) << 32, 3 + len(words) // 8) + words
 
 
 def bits(value: float) -> int:

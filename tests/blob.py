@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,8 @@ class Reader:
     def __init__(self, data: bytes) -> None:
         self.words: list[int] = [w for (w,) in struct.iter_unpack("<q", data)]
         self.data, self.at = data, 3
-        assert self.words[:2] == [MAGIC, VERSION] and self.words[2] * 8 == len(data)
+        assert self.words[0] == MAGIC and self.words[2] * 8 == len(data)
+        assert self.words[1] & 0xFFFFFFFFFFFFFFFF == VERSION | zlib.crc32(data[24:]) << 32
         self.strings: list[str] = []
         for _ in range(self.word()):
             size = self.word()

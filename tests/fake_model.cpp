@@ -92,6 +92,7 @@ int32_t stemma_call(void* model, int32_t function, const int64_t* sizes, void* c
     return 0;
 }
 
+void stemma_set_weights(void* model, const void* weights) { ((Model*)model)->weights = (const int32_t*)weights; }
 void stemma_set_profile(void* model, int32_t on) { ((Model*)model)->profiling = on; }
 double stemma_probe(void*, int32_t, const void*, int64_t, int64_t) { return 0; }
 int64_t stemma_profile(void* model, double* nanoseconds, int64_t n) {

@@ -51,6 +51,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "stemma_arena_bytes": (_LONG, [_VOID, _INT, _VOID]),
     "stemma_call": (_INT, [_VOID, _INT, _VOID, _VOID, _VOID]),
     "stemma_sample": (_INT, [_VOID, _VOID, _LONG, _VOID, _VOID, _LONG]),
+    "stemma_set_weights": (None, [_VOID, _VOID]),
     "stemma_set_profile": (None, [_VOID, _INT]),
     "stemma_profile": (_LONG, [_VOID, _VOID, _LONG]),
     "stemma_probe": (ctypes.c_double, [_VOID, _INT, _VOID, _LONG, _LONG]),
@@ -140,8 +141,7 @@ class Device:
         with self.lock:
             if self._handle is None:
                 return
-            old, self._handle = self._handle, self._open(copy)
-            self._library.stemma_close(old)
+            self._library.stemma_set_weights(self._handle, copy.ctypes.data)
             self._weights = copy
 
     def _choose(self, wanted: str | None) -> str:

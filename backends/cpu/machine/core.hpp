@@ -197,6 +197,7 @@ struct Block {
   std::vector<int32_t> parameters, results;
   std::vector<std::pair<int32_t, Value>> constants;  // registers that are set when the block is entered
   std::vector<bool> last;                            // of each result: whether its register may be moved out
+  std::vector<int32_t> restored;                     // constants that are set again before each turn, as the code changes their registers
   std::vector<Instruction> code;
 };
 

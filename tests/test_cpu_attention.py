@@ -112,6 +112,59 @@ def test_attention_ignores_what_other_rows_see(library: Library) -> None:
     assert same_bits(clean[0], dirty[0]) and np.isnan(dirty[1]).all()
 
 
+def tree(context: int, slots: int) -> tuple[Any, Any]:
+    """(rows of the table, positions) of tokens in a tree: paths that share a prefix, then slots of their own, as forks make them."""
+    rng = np.random.default_rng(16)
+    free = iter(rng.permutation(slots).astype(np.int32))
+    trunk = np.array([next(free) for _ in range(context)], np.int32)
+    rows, positions = [], []
+    for start, depths in ((70, (0, 1, 1, 2, 2, 3)), (126, (0, 1, 2, 3, 1, 2, 2, 0)), (5, (0, 0, 1))):
+        branch: dict[int, Any] = {}
+        for depth in depths:
+            row = branch.get(depth - 1, trunk).copy()
+            row[start + depth :] = -7  # what lies past a row's own position is nobody's
+            row[start + depth] = next(free)
+            branch[depth] = row
+            rows.append(row)
+            positions.append(start + depth)
+    return np.stack(rows), np.array(positions, np.int32)
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("scattered", [False, True])
+def test_attention_in_a_tree(library: Library, name: str, scattered: bool) -> None:
+    """Rows of different sequences that share a prefix of slots: bits as run alone, as with their keys copied to a cache of their own."""
+    seams: dict[str, Any] = CACHED[name]
+    rng = np.random.default_rng(17)
+    heads, kv, dim, slots, context = seams["heads"], seams["kv_heads"], seams["head_dim"], 400, 200
+    table, positions = tree(context, slots)
+    if not scattered:  # the trunk in neighbouring slots, as a session hands them out
+        used = np.unique(table[table >= 0])
+        order = {int(s): i for i, s in enumerate(dict.fromkeys([*map(int, table[6]), *map(int, used)])) if s >= 0}
+        table = np.array([[order[int(s)] + 3 if s >= 0 else -7 for s in row] for row in table], np.int32)
+    k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
+    kc, vc = (pack.bf16_bits(a) if seams["cache"] == "bf16" else a for a in (k, v))
+    rows = positions.size
+    sequence = np.arange(rows, dtype=np.int32)
+    q = rng.standard_normal((rows, heads * dim), dtype=np.float32)
+    y = np.full((rows, heads * dim), np.nan, np.float32)
+    for threads in (1, 2):
+        y[:] = np.nan
+        library.call(f"cached_{name}", threads, rows, slots, context, q, heads * dim, kc, vc, positions, sequence, table, y)
+        for r in range(rows):
+            own = np.arange(context, dtype=np.int32)[None]
+            length = int(positions[r]) + 1
+            ko, vo = np.zeros((2, kv, context, dim), kc.dtype)
+            ko[:, :length], vo[:, :length] = kc[:, table[r, :length]], vc[:, table[r, :length]]
+            zero = np.zeros(1, np.int32)
+            for cache_k, cache_v, size, where in ((kc, vc, slots, table[r : r + 1].copy()), (ko, vo, context, own)):
+                one = np.full((1, heads * dim), np.nan, np.float32)
+                library.call(
+                    f"cached_{name}", 1, 1, size, context, q[r], heads * dim, cache_k, cache_v, positions[r:], zero, where, one
+                )  # fmt: skip
+                assert same_bits(one[0], y[r]), r
+
+
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (33, 33), (17, 90)])
 def test_attention_full(library: Library, name: str, t: int, s: int) -> None:

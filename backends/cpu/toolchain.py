@@ -1,8 +1,9 @@
 """Finds a C++ compiler, builds one library per artifact from objects per instruction-set variant, and caches both.
 
 The source is compiled once per variant with -DSTEMMA_VARIANT=<identifier>, in parallel processes, and once more without it for the
-dispatcher. Objects are linked with the least demanding first: of an inline function that several objects define (the standard
-library's), the linker keeps the first, so that code built for AVX-512 is never reached on a machine without it.
+dispatcher. The decoding machine (folder `machine`) is one more object, the same for every artifact. Objects are linked with the least
+demanding first: of an inline function that several objects define (the standard library's), the linker keeps the first, so that code
+built for AVX-512 is never reached on a machine without it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -114,6 +116,25 @@ class Compiler:
         return (*FLAGS, *special, f"-DSTEMMA_VARIANT={variant.identifier}", f'-DSTEMMA_VARIANT_NAME="{variant.name}"')
 
 
+MACHINE = Path(__file__).with_name("machine")
+_INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
+
+
+@lru_cache(maxsize=1)
+def machine_source() -> str:
+    """The decoding machine as one text: machine.cpp with its own headers in place of their includes."""
+    included: set[str] = set()
+
+    def text(name: str) -> str:
+        if name in included:
+            return ""
+        included.add(name)
+        content = (MACHINE / name).read_text(encoding="utf-8").replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda found: text(found[1]), content)
+
+    return text("machine.cpp")
+
+
 _PROBE = '#include <atomic>\n#include <cmath>\n#include <thread>\nextern "C" int stemma_probe() { return 1; }\n'
 
 
@@ -189,7 +210,11 @@ class CpuToolchain:
         declared = "".join(f" X({VARIANTS[n].identifier})" for n in names)
         units: list[tuple[Variant | None, tuple[str, ...]]] = [(None, (f"-DSTEMMA_VARIANTS={declared.strip()}",))]
         units += [(VARIANTS[n], ()) for n in reversed(names)]
-        jobs = [Job(compiler, source, (*compiler.flags(v), *extra), v.name if v else "dispatcher") for v, extra in units]
+        jobs = [
+            Job(compiler, source, (*compiler.flags(v), *extra), f"the {v.name if v else 'dispatcher'} kernels")
+            for v, extra in units
+        ]
+        jobs.insert(1, Job(compiler, machine_source(), (*compiler.flags(None), "-O2"), "the decoding machine"))
         library_key = _digest("library", *compiler.command, compiler.version, *(j.key for j in jobs))
         folder = cache_folder()
         try:
@@ -216,7 +241,7 @@ class CpuToolchain:
 
 @dataclass(frozen=True)
 class Job:
-    """One object to compile."""
+    """One object to compile; `label` says what it holds."""
 
     compiler: Compiler
     source: str
@@ -241,13 +266,13 @@ def compile_all(jobs: Sequence[Job], folder: Path) -> list[Path]:
         return paths
     with _temporary(folder) as scratch:
         running: list[tuple[Job, Path, Path, subprocess.Popen[bytes]]] = []
-        source = scratch / "kernels.cpp"
-        source.write_text(jobs[0].source)
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, os.cpu_count() or 1):
                     job, path = waiting.pop(0)
                     made = scratch / f"{len(waiting)}.o"
+                    source = made.with_suffix(".cpp")
+                    source.write_text(job.source, encoding="utf-8")
                     command = [*job.compiler.command, *job.flags, "-c", str(source), "-o", str(made)]
                     with made.with_suffix(".txt").open("wb") as errors:
                         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -257,7 +282,7 @@ def compile_all(jobs: Sequence[Job], folder: Path) -> list[Path]:
                     job, path, made, process = entry
                     running.remove(entry)
                     text = made.with_suffix(".txt").read_text(errors="replace")
-                    _finish(process.returncode, text, f"the {job.label} kernels", source)
+                    _finish(process.returncode, text, job.label, made.with_suffix(".cpp"))
                     os.replace(made, path)
         finally:
             for _, _, _, process in running:

@@ -15,8 +15,6 @@ typedef struct {
 // A machine for the programs of `blob` (copied) on a model of stemma_open; null with the reason in `error`.
 STEMMA_API void* stemma_machine_open(void* model, const void* blob, int64_t bytes, char* error, int64_t error_bytes);
 STEMMA_API void stemma_machine_close(void* machine);
-// From now on, call this model: the same one, opened again (its weights were moved).
-STEMMA_API void stemma_machine_rebind(void* machine, void* model);
 // At most that many tokens in the cache of each model (beside what memory and kernels allow).
 STEMMA_API void stemma_machine_limit(void* machine, int64_t slots);
 // Starts a program: the id of the instance, or -1 with the reason in `error`. Inputs are copied; those not given take defaults.

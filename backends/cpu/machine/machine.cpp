@@ -69,10 +69,6 @@ STEMMA_API void* stemma_machine_open(void* model, const void* blob, int64_t byte
   return nullptr;
 }
 STEMMA_API void stemma_machine_close(void* machine) { delete (Machine*)machine; }
-STEMMA_API void stemma_machine_rebind(void* machine, void* model) {
-  ((Machine*)machine)->native = model;
-  for (auto& m : ((Machine*)machine)->models) m->handle = model;
-}
 STEMMA_API void stemma_machine_limit(void* machine, int64_t slots) {
   for (auto& m : ((Machine*)machine)->models) m->limit = std::max<int64_t>(std::min(m->limit, slots), 1);
 }

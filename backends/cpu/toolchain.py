@@ -1,9 +1,9 @@
 """Finds a C++ compiler, builds one library per artifact from objects per instruction-set variant, and caches both.
 
 The source is compiled once per variant with -DSTEMMA_VARIANT=<identifier>, in parallel processes, and once more without it for the
-dispatcher. The decoding machine (folder `machine`) is one more object, the same for every artifact. Objects are linked with the least
-demanding first: of an inline function that several objects define (the standard library's), the linker keeps the first, so that code
-built for AVX-512 is never reached on a machine without it.
+dispatcher. The decoding machine (folder `machine`) is one more object, the same for every artifact. Objects are linked with the
+least demanding first: of an inline function that several objects define (the standard library's), the linker keeps the first, so
+that code built for AVX-512 is never reached on a machine without it.
 """
 
 from __future__ import annotations

@@ -5,11 +5,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from stemma.ir import Array, Module, WeightStore
 
 Label = Literal["identical", "distribution", "lossy"]
+Stage = Literal["model", "program"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model that the programs of a module may step: its function is `step` for "model", else NAME_step.
+
+    width: of its hidden state, 0 when the step does not return it. eos: its end tokens. context: the longest sequence.
+    to_target: i32[vocab], the token of "model" with the same bytes, or -1; from_target: i32[vocab of "model"], the other way.
+    Both are None when the tokens are the same.
+    """
+
+    vocab: int
+    width: int
+    context: int
+    eos: tuple[int, ...]
+    to_target: Array | None = None
+    from_target: Array | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pass of the stage "program" wants compiled besides the programs' models.
+
+    models: names that the caller must give a checkpoint for. early: (name, layers), models that stop after so many layers of
+    "model". heads: (kind, file or folder, "" for the places where checkpoints have them), functions named `kind` that guess from
+    hidden states. hidden: whether the step of "model" returns its hidden state.
+    """
+
+    models: tuple[str, ...] = ()
+    early: tuple[tuple[str, int], ...] = ()
+    heads: tuple[tuple[str, str], ...] = ()
+    hidden: bool = False
 
 
 @dataclass
@@ -17,11 +51,14 @@ class PassContext:
     """What a pass may use besides the module.
 
     weights: the named weights; a pass may add new ones. calibration: integer arrays [tokens], one per calibration document.
+    source: the checkpoint's folder. models: what the programs may step, by name; empty before the stage "program".
     fired: how often each rule fired; the manager reads and clears it around every pass.
     """
 
     weights: WeightStore = field(default_factory=WeightStore)
     calibration: tuple[Array, ...] = ()
+    source: Path | None = None
+    models: dict[str, ModelInfo] = field(default_factory=dict)
     fired: Counter[str] = field(default_factory=Counter)
 
 
@@ -32,13 +69,19 @@ class Pass:
     Subclasses are frozen dataclasses: their fields are the options of `--pass "name{option=value}"`. `label` is `identical` (the
     reference semantics, exact arithmetic, give the same results), `distribution` (sampling follows the same
     distribution) or `lossy` (measured). `requires` and `ensures` name properties of a module that must hold before and hold after
-    (passes/properties.py).
+    (passes/properties.py). `stage`: "model" passes rewrite one model's graph; "program" passes run once at the end, on the module
+    of all models with the decoding programs attached.
     """
 
     name: ClassVar[str]
     label: ClassVar[Label] = "identical"
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
+    stage: ClassVar[Stage] = "model"
+
+    def needs(self) -> Needs:
+        """What a pass of the stage "program" wants to find in the module."""
+        return Needs()
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The transformed module; the same object when nothing applied."""

@@ -3,7 +3,7 @@
     forward(ids [batch, tokens]) -> logits [batch, tokens, vocab]
       ->
     step(tokens [rows], positions [rows], slots [rows], sequence [rows], table [sequences, context], selected [outputs],
-         k_cache_0 [heads, slots, width], v_cache_0, ...) -> logits [outputs, vocab], k_cache_0, v_cache_0, ...
+         k_cache_0 [heads, slots, width], v_cache_0, ...) -> logits [outputs, vocab], (hidden [outputs, width],) k_cache_0, ...
 
 Rows of all sequences are flattened into one axis, so prefill, decoding, batches and token trees are one function. In a causal
 language model attention is the only operation that mixes positions; everything else runs on the new rows alone. The pass proves
@@ -23,16 +23,20 @@ CACHE_AXIS = 1  # caches are [heads, slots, width]
 
 @dataclass(frozen=True)
 class Incremental(Pass):
-    """Derive the decode step of a causal language model. `rows` is the largest number of rows of one call."""
+    """Derive the decode step of a causal language model.
+
+    rows: the largest number of rows of one call. hidden: give the value that the output head is applied to as a second result.
+    """
 
     rows: int = 512
+    hidden: bool = False
     name: ClassVar[str] = "incremental"
     requires: ClassVar[frozenset[str]] = frozenset({"causal"})
     ensures: ClassVar[frozenset[str]] = frozenset({"has_step"})
 
     def run(self, module: Module, context: PassContext) -> Module:
         """Replace `forward` by `step`; PassError names the operation that mixes positions."""
-        step = _Step(module["forward"], self.rows, int(module.properties.get("context", size.UNBOUNDED))).build()
+        step = _Step(module["forward"], self.rows, int(module.properties.get("context") or size.UNBOUNDED)).build(self.hidden)
         return Module((step, *(f for f in module if f.name != "forward")), module.properties)
 
 
@@ -56,7 +60,7 @@ class _Step:
         self.shared: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.new: dict[Node, Node] = {}
 
-    def build(self) -> Function:
+    def build(self, hidden: bool) -> Function:
         for node in self.forward.nodes:
             self.new[node] = self.convert(node)
         logits = self.new[self.forward.results[0]]
@@ -65,6 +69,9 @@ class _Step:
         needed = set(Function("", (), [(str(i), n) for i, n in enumerate(self.updated)]).nodes)
         selected = _Selection(self.rows, self.outputs, self.inputs["selected"], needed).of(logits)
         results = {"logits": ops.reshape(selected, shape=(self.outputs, logits.shape[2]))}
+        if hidden:
+            value = head_input(selected)
+            results["hidden"] = ops.reshape(value, shape=(self.outputs, value.shape[-1]))
         names = [c.attrs["name"] for c in self.caches]
         return Function("step", (*self.inputs.values(), *self.caches), results | dict(zip(names, self.updated, strict=True)))
 
@@ -193,6 +200,15 @@ class _Selection:
         if isinstance(value, tuple):
             return tuple(self.substituted(v) for v in value)
         return size.substitute(value, {str(self.rows): self.outputs}) if isinstance(value, Size) else value
+
+
+def head_input(logits: Node) -> Node:
+    """The f32 value that the output head, the last linear before `logits`, is applied to, before any rounding for its product."""
+    linears = [n for n in Function("", (), {"logits": logits}).nodes if n.op.name == "linear"]
+    if not linears:
+        raise PassError("incremental: there is no linear output head, so the model has no hidden state to return.")
+    value = linears[-1].inputs[0]
+    return value.inputs[0] if value.op.name in ("quantize", "cast") and value.dtype != "f32" else value
 
 
 def _token_parameter(forward: Function) -> Node:

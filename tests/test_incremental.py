@@ -11,6 +11,7 @@ from stemma.ir import Array, Function, Module, PassError, Tensor, interpret, ops
 from stemma.passes.base import PassContext
 from stemma.passes.fuse import Fuse, JoinLinears
 from stemma.passes.incremental import Incremental
+from stemma.passes.quantize import Quantize, RoundActivations
 from tests.programs import BATCH, TOKENS, tiny_lm
 
 pytestmark = pytest.mark.quick
@@ -97,6 +98,40 @@ def test_fusion_keeps_every_value() -> None:
     np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
     launches = [[n for n in m["step"].nodes if n.op.name not in FREE] for m in (plain, fused)]
     assert (len(launches[0]), len(launches[1])) == (62, 40)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_hidden_states(rounded: bool) -> None:
+    """The value before the head's product, of the selected rows, unrounded; the logits are the same expression as without."""
+    module, weights = tiny_lm(softcap=2.0)
+    if rounded:
+        module = RoundActivations().run(Quantize(bits=8).run(module, PassContext()), PassContext())
+    step = Incremental(hidden=True).run(module, PassContext())
+    verify(step)
+    assert parse_module(print_module(step)) is step
+    plain = step_of(module)["step"]
+    with_hidden = step["step"]
+    assert with_hidden.params == plain.params
+    results = dict(zip(with_hidden.result_names, with_hidden.results, strict=True))
+    hidden = results.pop("hidden")
+    assert results == dict(zip(plain.result_names, plain.results, strict=True))
+    assert hidden.type == Tensor("f32", (with_hidden.results[0].shape[0], 32)) and hidden.inputs[0].op.name == "rms_norm"
+    rows = np.arange(5, dtype=np.int32)
+    inputs = {"tokens": rows, "positions": rows, "sequence": 0 * rows, "slots": rows, "table": rows[None], "selected": rows[2:4]}
+    state = {p.attrs["name"]: np.zeros((2, SLOTS, 8)) for p in with_hidden.params[6:]}
+    found = interpret(with_hidden, {**inputs, **state}, weights)
+    if not rounded:
+        np.testing.assert_allclose(found["hidden"] @ weights["embedding"].T, found["logits"], rtol=1e-12)
+    assert found["hidden"].shape == (2, 32) and np.allclose((found["hidden"] / weights["norm"]).std(-1), 1, atol=0.3)
+
+
+def test_hidden_states_need_a_head() -> None:
+    """A model whose logits come out of a lookup has no hidden state."""
+    ids = ops.param(name="input_ids", type=Tensor("i64", (BATCH, TOKENS)))
+    table = ops.embedding(ops.weight(name="bigrams", type=Tensor("f32", (50, 50))), ids)
+    module = Module([Function("forward", [ids], {"logits": table})], {"kind": "causal_lm"})
+    with pytest.raises(PassError, match="no linear output head"):
+        Incremental(hidden=True).run(module, PassContext())
 
 
 @pytest.mark.parametrize("broken", ["mean", "reverse", "bidirectional", "length"])

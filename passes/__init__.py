@@ -9,7 +9,7 @@ from stemma.passes.selftest import check_rule, example
 from stemma.passes.why import PartialMatch, explain
 
 __all__ = [
-    "ANY", "PROPERTIES", "Label", "Match", "ModelInfo", "Needs", "NoMatch", "PartialMatch", "Pass", "PassContext", "PassRecord", "PipelineResult", "Rule",
-    "RulePass", "Stage", "any_of", "check_rule", "example", "explain", "leaf", "maybe_cast", "maybe_reshape", "module_property", "optional",
-    "read_dump", "rewrite", "rule", "run_pipeline", "scalar",
+    "ANY", "PROPERTIES", "Label", "Match", "ModelInfo", "Needs", "NoMatch", "PartialMatch", "Pass", "PassContext", "PassRecord",
+    "PipelineResult", "Rule", "RulePass", "Stage", "any_of", "check_rule", "example", "explain", "leaf", "maybe_cast",
+    "maybe_reshape", "module_property", "optional", "read_dump", "rewrite", "rule", "run_pipeline", "scalar",
 ]  # fmt: skip

@@ -113,7 +113,7 @@ def test_attention_ignores_what_other_rows_see(library: Library) -> None:
 
 
 def tree(context: int, slots: int) -> tuple[Any, Any]:
-    """(rows of the table, positions) of tokens in a tree: paths that share a prefix, then slots of their own, as forks make them."""
+    """(rows of the table, positions) of tokens in a tree: paths share a prefix, then have slots of their own, as forks make them."""
     rng = np.random.default_rng(16)
     free = iter(rng.permutation(slots).astype(np.int32))
     trunk = np.array([next(free) for _ in range(context)], np.int32)
@@ -133,7 +133,7 @@ def tree(context: int, slots: int) -> tuple[Any, Any]:
 @pytest.mark.parametrize("name", CACHED)
 @pytest.mark.parametrize("scattered", [False, True])
 def test_attention_in_a_tree(library: Library, name: str, scattered: bool) -> None:
-    """Rows of different sequences that share a prefix of slots: bits as run alone, as with their keys copied to a cache of their own."""
+    """Rows of different sequences that share slots have the bits of each run alone, and of each over a copied cache."""
     seams: dict[str, Any] = CACHED[name]
     rng = np.random.default_rng(17)
     heads, kv, dim, slots, context = seams["heads"], seams["kv_heads"], seams["head_dim"], 400, 200

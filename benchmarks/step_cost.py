@@ -3,7 +3,7 @@
 Speculative decoding verifies n drafted tokens in one step, so it pays as long as step(n) stays close to step(1). For each n: the
 median of interleaved rounds (and half the distance of the quartiles), its ratio to step(1), and two floors of this machine: all
 weights read once at the probed bandwidth (a model that fits in the caches can beat it), and the n rows' operations at the probed
-peaks of the units that do them. `chain`: n tokens in a row. `tree`: n siblings, each with its own row of the table, after one prefix.
+peaks of the units that do them. `chain`: n tokens in a row. `tree`: n siblings after one prefix, each with a row of the table.
 """
 
 from __future__ import annotations
@@ -122,12 +122,12 @@ def main() -> None:
         one = float(np.median(times[i, rows[0], False]))
         for n in rows:
             low, chain, high = np.percentile(times[i, n, False], (25, 50, 75))
-            tree = np.median(times[i, n, True])
+            siblings = float(np.median(times[i, n, True]))
             weights, work = step.floors(n, ceilings)
             further = (chain - one) / (n - rows[0]) if n > rows[0] else 0.0
             print(
-                f"| {n} | {1e6 * chain:.0f} | ±{1e6 * (high - low) / 2:.0f} | {chain / one:.2f} | {1e6 * further:.1f} | {1e6 * tree:.0f}"
-                f" | {1e6 * weights:.0f} | {1e6 * work:.0f} | {chain / max(weights, work):.2f} |",
+                f"| {n} | {1e6 * chain:.0f} | ±{1e6 * (high - low) / 2:.0f} | {chain / one:.2f} | {1e6 * further:.1f}"
+                f" | {1e6 * siblings:.0f} | {1e6 * weights:.0f} | {1e6 * work:.0f} | {chain / max(weights, work):.2f} |",
                 flush=True,
             )
 

@@ -113,7 +113,7 @@ def test_attention_ignores_what_other_rows_see(library: Library) -> None:
 
 
 def tree(context: int, slots: int) -> tuple[Any, Any]:
-    """(rows of the table, positions) of tokens in a tree: paths share a prefix, then have slots of their own, as forks make them."""
+    """(rows of the table, positions) of tokens in a tree: paths share a prefix, then have slots of their own, as forks do."""
     rng = np.random.default_rng(16)
     free = iter(rng.permutation(slots).astype(np.int32))
     trunk = np.array([next(free) for _ in range(context)], np.int32)

@@ -14,6 +14,7 @@ from stemma.ir.errors import (
 )  # fmt: skip
 from stemma.ir.function import Function, Module, topological, walk
 from stemma.ir.interpret import Context, World, evaluate_constant, interpret
+from stemma.ir.merge import MAIN, merge_models
 from stemma.ir.node import OPS, Cost, Node, Op, Origin, stamp
 from stemma.ir.rows import Rows
 from stemma.ir.size import Dim, Size, SizeLike, dim
@@ -23,10 +24,9 @@ from stemma.ir.verify import LEVELS, constant_nodes, verify
 from stemma.ir.weights import WeightStore
 
 __all__ = [
-    "LEVELS", "OPS", "Array", "BudgetError", "CheckpointError", "CompileError", "Context", "Cost", "DType", "Dim", "Function",
-    "Module", "Node", "Op", "Origin", "ParseError", "PassError", "Quantized", "Rows", "Size", "SizeLike", "State", "StemmaError",
-    "Tensor", "Tuple", "Type", "TypeMismatch", "UnsupportedError", "VerifyError", "WeightStore", "World",
-    "constant_nodes", "dim", "dtype",
-    "evaluate_constant", "interpret", "ops", "parse_module", "print_module", "quantize_array", "size", "stamp",
-    "tensors_of", "topological", "verify", "walk",
+    "LEVELS", "MAIN", "OPS", "Array", "BudgetError", "CheckpointError", "CompileError", "Context", "Cost", "DType", "Dim",
+    "Function", "Module", "Node", "Op", "Origin", "ParseError", "PassError", "Quantized", "Rows", "Size", "SizeLike", "State",
+    "StemmaError", "Tensor", "Tuple", "Type", "TypeMismatch", "UnsupportedError", "VerifyError", "WeightStore", "World",
+    "constant_nodes", "dim", "dtype", "evaluate_constant", "interpret", "merge_models", "ops", "parse_module", "print_module",
+    "quantize_array", "size", "stamp", "tensors_of", "topological", "verify", "walk",
 ]  # fmt: skip

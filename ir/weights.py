@@ -32,6 +32,11 @@ class WeightStore:
         if raw is not None:
             self._raw[name] = raw
 
+    def include(self, other: WeightStore, prefix: str = "") -> None:
+        """Add every weight of another store under `prefix` and its name."""
+        for name, (type, load) in other._entries.items():
+            self.add(prefix + name, type, load, other._raw.get(name))
+
     def raw(self, name: str) -> Any:
         """The stored elements (see `add`), or None when the weight has no raw form."""
         return self._raw[name]() if name in self._raw else None

@@ -10,6 +10,7 @@ place. Readers of a value are placed before the operation that changes it, so th
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +46,10 @@ from stemma.ir import (
     evaluate_constant,
     size,
     stamp,
+    walk,
 )  # fmt: skip
 from stemma.ir.node import OPS
+from stemma.ir.trace import ModelSpec, Program, TracedProgram, trace
 
 MEMBER = "programs.bin"
 TENSOR_OPS = frozenset({
@@ -108,14 +111,21 @@ def models_of(module: Module) -> list[Served]:
 
 
 def program_table(program: Listed) -> dict[str, Any]:
-    """A program's entry of the manifest: parameters (name, type, default), results, the name of its unspeculated form."""
+    """A program's entry of the manifest: parameters (name, type, default), results, Python functions that it calls (name: result
+    type), the name of its unspeculated form. CompileError when it expects two types of one Python function."""
     function = program.function
+    host: dict[str, str] = {}
+    for node in walk(function):
+        if node.op.name == "host":
+            name, type = node.attrs["function"], repr(node.type)
+            if host.setdefault(name, type) != type:
+                raise CompileError(f"The program {function.name!r} expects {host[name]} and {type} of the function {name!r}.")
     params = []
     for p in function.params:
         name = p.attrs["name"]
         default = {"default": program.defaults[name]} if name in program.defaults else {}
         params.append({"name": name, "type": repr(p.type), **default})
-    return {"params": params, "results": list(function.result_names), "plain": program.plain}
+    return {"params": params, "results": list(function.result_names), "host": host, "plain": program.plain}
 
 
 def lower_programs(
@@ -146,6 +156,29 @@ def lower_programs(
 
 
 # ---- programs ---------------------------------------------------------------------------------------------------------
+
+
+def lower_object(
+    program: Program | TracedProgram, manifest: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[bytes, str, dict[str, Any]]:
+    """A program written in Python, lowered for an artifact: its blob, its name, its entry of a manifest.
+
+    `options` that the program fixes when it is traced (p.Fixed) are fixed here. TraceError and CompileError name the user's line.
+    """
+    models = [Served(**{**m, "eos": tuple(m["eos"])}) for m in manifest["models"]]
+    if isinstance(program, Program):
+        specs = {m.name: ModelSpec(m.vocab, m.width, m.eos, m.context) for m in models}
+        program = trace(program, specs, **{name: options[name] for name in fixed_options(program) if name in options})
+    listed = Listed(program.function, program.defaults)
+    return lower_programs([listed], models, manifest["functions"]), listed.function.name, program_table(listed)
+
+
+def fixed_options(program: Program | TracedProgram) -> list[str]:
+    """Names of the options of a program that are fixed when it is traced."""
+    if not isinstance(program, Program):
+        return []
+    parameters = inspect.signature(program.run, eval_str=True).parameters.values()
+    return [p.name for p in parameters if "fixed" in getattr(p.annotation, "__metadata__", ())]
 
 
 class _Lowering:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stemma.runtime.artifact import Artifact
     from stemma.runtime.errors import ArtifactError, DeviceError, InputError, StemmaRuntimeError
-    from stemma.runtime.model import Model, load
-    from stemma.runtime.sampling import SamplingOptions, Statistics
+    from stemma.runtime.model import Model, Run, load
+    from stemma.runtime.sampling import Statistics
 
 __all__ = [
     "Artifact",
@@ -21,12 +21,12 @@ __all__ = [
     "DeviceError",
     "InputError",
     "Model",
-    "SamplingOptions",
+    "Run",
     "Statistics",
     "StemmaRuntimeError",
     "load",
 ]
-_HOMES = {"Artifact": "artifact", "Model": "model", "load": "model", "SamplingOptions": "sampling", "Statistics": "sampling"}
+_HOMES = {"Artifact": "artifact", "Model": "model", "Run": "model", "load": "model", "Statistics": "sampling"}
 
 
 def __getattr__(name: str) -> Any:

@@ -47,7 +47,7 @@ def convert(value: ArrayLike, dtype: str, name: str) -> Array:
         bits = np.ascontiguousarray(array, np.float32).view(np.uint32).astype(np.uint64)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return np.where(np.isnan(array), np.uint16(0x7FC0), rounded)
-    return np.ascontiguousarray(array, wanted)
+    return np.asarray(array, wanted, order="C")
 
 
 def _family(dtype: np.dtype[Any]) -> str:

@@ -1,66 +1,66 @@
-"""The loop around the decode step: batches of requests, sampling, ends of sequences, statistics."""
+"""Requests and the loop that drives them: instances of a program on one machine, text, ends of sequences, statistics."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
+from numpy.typing import ArrayLike
 
-from stemma.backends.cpu.device import Sampler
-from stemma.runtime.sampling import SamplingOptions, Statistics
-from stemma.runtime.session import Session, Step
+from stemma.runtime.machine import FAILED, FINISHED, WAITING, Array, Instance, Machine, Machines, figures, raise_failure
+from stemma.runtime.manifest import ProgramSpec
+from stemma.runtime.sampling import Statistics
 from stemma.runtime.tokenizer import StopStrings, TextStream
 
 
 class Request:
-    """One prompt on its way: its ids, how many tokens may follow, and what came so far.
+    """One prompt on its way: what its program is given, how many tokens may follow, and what came so far.
 
-    `ids` are not empty and leave room for `limit` >= 1 more in the context; `clipped` tells that the context set that limit.
-    With `text`, tokens become pieces of text and stop strings end the request.
+    `limit` None: the program itself ends. `clipped` tells that the context set the limit. With `text`, tokens become pieces of text
+    and stop strings end the request.
     """
 
     def __init__(
         self,
         ids: Sequence[int],
-        limit: int,
+        inputs: Mapping[str, Array],
+        limit: int | None,
         *,
         clipped: bool = False,
-        sequence: int = 0,
         eos: Sequence[int] = (),
         text: TextStream | None = None,
         stop: Sequence[str] = (),
     ) -> None:
-        self.ids, self.limit, self.sequence = ids, limit, sequence
+        self.ids, self.inputs, self.limit = ids, inputs, limit
         self.new: list[int] = []
         self.pieces: list[str] = []
+        self.results: dict[str, Array] = {}
         self.finish = ""
         self._eos, self._text, self._stop = frozenset(eos), text, StopStrings(stop) if stop else None
         self._at_limit = "context" if clipped else "length"
-        self._history = np.empty(len(ids) + limit, np.int32)
-        self._history[: len(ids)] = ids
-        self._length = len(ids)
-        self._address = self._history.ctypes.data
 
-    @property
-    def capacity(self) -> int:
-        """Positions it can take up in the caches: all its tokens but the last, which is never fed back."""
-        return len(self.ids) + self.limit - 1
-
-    def next(self, sampler: Sampler, logits: int) -> str:
-        """Choose the next token from the logits at an address; returns the text it completes and perhaps sets `finish`."""
-        token = sampler(logits, self._address, self._length)
+    def push(self, token: int) -> str:
+        """Take the next token; returns the text it completes and perhaps sets `finish`."""
         self.new.append(token)
-        self._history[self._length] = token
-        self._length += 1
         if token in self._eos:
             self.finish = "eos"
         elif len(self.new) == self.limit:
             self.finish = self._at_limit
+        return self._piece("" if self.finish == "eos" or self._text is None else self._text.push(token))
+
+    def end(self) -> str:
+        """The program has ended by itself; returns text that was held back."""
+        if self.finish:
+            return ""
+        self.finish = "end"
+        return self._piece("")
+
+    def _piece(self, piece: str) -> str:
         if self._text is None:
             return ""
-        piece = "" if self.finish == "eos" else self._text.push(token)
         if self.finish:
             piece += self._text.flush()
         if self._stop is not None:
@@ -74,56 +74,104 @@ class Request:
         return piece
 
 
-def decode(
-    step: Step, requests: Sequence[Request], options: SamplingOptions, statistics: Statistics, batch: int
-) -> Iterator[tuple[Request, str]]:
-    """Run requests to their ends, `batch` of them together; yields (request, piece of text) after every token.
+@dataclass(frozen=True)
+class Job:
+    """A program to run: its blob, the key under which machines for it are kept, Python functions that it may call.
 
-    Every request gets the tokens that it would get alone. Closing the iterator early frees the caches and records "closed".
+    eager: tokens are fetched as they come, not by slices of time. whole: the named results are wanted.
+    """
+
+    program: ProgramSpec
+    blob: bytes
+    models: tuple[str, ...]
+    key: Hashable = ""
+    host: Mapping[str, Callable[..., ArrayLike]] = field(default_factory=dict)
+    eager: bool = False
+    whole: bool = False
+
+
+def decode(
+    machines: Machines, job: Job, requests: Sequence[Request], statistics: Statistics, batch: int, context: int
+) -> Iterator[tuple[Request, str]]:
+    """Run requests to their ends, at most `batch` of them together; yields (request, piece of text) after every token.
+
+    Every request gets the tokens that it would get alone. Closing the iterator early frees the machine and records "closed".
     """
     statistics.prompt_tokens += sum(len(request.ids) for request in requests)
+    machine = machines.take(job.key, job.blob)
+    run = _Run(machine, job, requests, statistics, batch)
     try:
-        for start in range(0, len(requests), batch):
-            yield from _decode_group(step, requests[start : start + batch], options, statistics)
+        yield from run.loop()
     finally:
-        statistics.new_tokens = sum(len(request.new) for request in requests)
-        statistics.finish = [request.finish or "closed" for request in requests]
+        run.close()
+        machines.give(job.key, machine)
     if "context" in statistics.finish:
         warnings.warn(
             f"The answer to {statistics.finish.count('context')} of {len(requests)} prompts was cut: prompt and answer together"
-            f" fill the model's context of {step.context} tokens.",
+            f" fill the model's context of {context} tokens.",
             stacklevel=3,
         )
 
 
-def _decode_group(
-    step: Step, requests: Sequence[Request], options: SamplingOptions, statistics: Statistics
-) -> Iterator[tuple[Request, str]]:
-    session = Session(step, [request.capacity for request in requests])
-    fields = {name: getattr(options, name) for name in SamplingOptions.__dataclass_fields__}
-    samplers = [step.device.sampler(step.vocab, sequence=request.sequence, **fields) for request in requests]
-    base, row_bytes = session.logits.ctypes.data, session.logits.strides[0]
-    start, native = time.perf_counter(), 0.0
-    prefilling = True
-    try:
-        for place, row in session.prefill([request.ids for request in requests]):
-            yield requests[row], requests[row].next(samplers[row], base + place * row_bytes)
-        prefilling = False
-        now, native = time.perf_counter(), session.native_seconds
-        statistics.prefill_seconds, start = statistics.prefill_seconds + now - start, now
-        rows = [row for row, request in enumerate(requests) if not request.finish]
-        while rows:
-            session.decode(rows, [requests[row].new[-1] for row in rows])
-            statistics.decoded_tokens += len(rows)
-            for place, row in enumerate(rows):
-                request = requests[row]
-                yield request, request.next(samplers[row], base + place * row_bytes)
-            rows = [row for row in rows if not requests[row].finish]
-    finally:
-        elapsed = time.perf_counter() - start
-        if prefilling:
-            statistics.prefill_seconds += elapsed
-        else:
-            statistics.decode_seconds += elapsed
-            statistics.decode_native_seconds += session.native_seconds - native
-        session.close()
+class _Run:
+    """Requests on a machine."""
+
+    def __init__(self, machine: Machine, job: Job, requests: Sequence[Request], statistics: Statistics, batch: int) -> None:
+        self.machine, self.job, self.requests, self.statistics, self.batch = machine, job, requests, statistics, batch
+        self.waiting = deque(requests)
+        self.active: dict[Request, Instance] = {}
+        self.before = self.first = machine.totals.copy()
+        self.started = time.perf_counter()
+        self.decoding = self.started  # when the last prompt's first token was there
+
+    def loop(self) -> Iterator[tuple[Request, str]]:
+        """Pieces of text until every request is done."""
+        while self.waiting or self.active:
+            while self.waiting and len(self.active) < self.batch:
+                request = self.waiting.popleft()
+                self.active[request] = self.machine.start(self.job.program.name, request.inputs)
+            prefilling = not self._begun()
+            host = self.machine.advance(1 if prefilling or self.job.eager else 0)
+            for request, instance in list(self.active.items()):
+                yield from self._poll(request, instance, host)
+            if prefilling and self._begun():
+                self.first, self.decoding = self.machine.totals.copy(), time.perf_counter()
+
+    def _begun(self) -> bool:
+        """Whether every request has its first token."""
+        return all(request.new or request.finish for request in self.requests)
+
+    def _poll(self, request: Request, instance: Instance, host: bool) -> Iterator[tuple[Request, str]]:
+        status, tokens = instance.poll()
+        for token in tokens:
+            if request.finish == "stop":
+                break
+            yield request, request.push(token)
+        if host and status == WAITING:
+            instance.answer(self.job.host, self.job.program.host)
+        if status == FAILED:
+            raise_failure(instance, self.job.program)
+        if status == FINISHED:
+            yield request, request.end()
+            values = {name: instance.result(name) for name in self.job.program.results} if self.job.whole else {}
+            request.results = {name: value for name, value in values.items() if value is not None}
+        if status == FINISHED or request.finish == "stop":
+            self.active.pop(request).release()
+
+    def close(self) -> None:
+        """Cancel what runs and fill in the statistics. Makes no native call, so that it may happen anywhere."""
+        while self.active:
+            self.active.popitem()[1].release()
+        now, machine, s = time.perf_counter(), self.machine, self.statistics
+        prefilled = self._begun()
+        s.prefill_seconds += (self.decoding if prefilled else now) - self.started
+        s.decode_seconds += now - self.decoding if prefilled else 0.0
+        s.new_tokens = sum(len(request.new) for request in self.requests)
+        s.finish = [request.finish or "closed" for request in self.requests]
+        if prefilled:
+            decoded = figures(machine.totals, self.first, self.job.models)
+            s.decoded_tokens = int(decoded["emitted"])
+            s.decode_native_seconds = sum(m["seconds"] for m in decoded["models"].values())
+        found = figures(machine.totals, self.before, self.job.models)
+        s.trees, s.nodes, s.followed = (int(found[name]) for name in ("trees", "nodes", "followed"))
+        s.drafting_seconds, s.machine_seconds, s.models = found["drafting_seconds"], found["seconds"], found["models"]

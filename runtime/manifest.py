@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,46 @@ class FunctionSpec:
 
 
 @dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter of a program. dtype "state": a value that the machine makes. shape: numbers and names of sizes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    default: int | float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """A decoding program: its parameters and results by name; `plain` names the same program without speculation, if any.
+
+    host: the element types of what the Python functions that it calls return, by the name of the function.
+    """
+
+    name: str
+    parameters: tuple[ParameterSpec, ...]
+    results: tuple[str, ...]
+    host: Mapping[str, str]
+    plain: str | None
+
+    @property
+    def prompt(self) -> ParameterSpec | None:
+        """The parameter that takes the prompt: the first one that is i32[n]."""
+        return next((p for p in self.parameters if p.dtype == "i32" and len(p.shape) == 1 and isinstance(p.shape[0], str)), None)
+
+    @property
+    def options(self) -> tuple[ParameterSpec, ...]:
+        """What a caller may give by name: all but the prompt, states, and values that the machine keeps from run to run."""
+        prompt = self.prompt
+        return tuple(p for p in self.parameters if p is not prompt and p.dtype != "state" and p.name not in self.results)
+
+    def option(self, name: str) -> ParameterSpec | None:
+        """The option of that name, or None."""
+        return next((p for p in self.options if p.name == name), None)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What the runtime uses of manifest.json; `raw` is all of it, for reports."""
 
@@ -74,6 +115,8 @@ class Manifest:
     name: str
     targets: Mapping[str, Mapping[str, Any]]
     functions: Mapping[str, FunctionSpec]
+    programs: Mapping[str, ProgramSpec]
+    models: tuple[str, ...]
     context: int
     rows: int
     vocab: int
@@ -112,6 +155,8 @@ def parse_manifest(raw: Any) -> Manifest:
         name=_get(raw, "name", str),
         targets=_get(raw, "targets", dict),
         functions=functions,
+        programs={name: parse_program(name, table) for name, table in _get(raw, "programs", dict).items()},
+        models=tuple(_get(m, "name", str, "models.") for m in _get(raw, "models", list)),
         context=context,
         rows=rows,
         vocab=_get(raw, "vocab", int) if kind == "causal_lm" else 0,
@@ -122,6 +167,26 @@ def parse_manifest(raw: Any) -> Manifest:
         weights_sha256=_get(weights, "sha256", str, "weights."),
         files=_get(raw, "files", dict),
     )
+
+
+def parse_program(name: str, raw: Any) -> ProgramSpec:
+    """A program's entry of the manifest. ValueError when it is not one."""
+    where = f"programs.{name}."
+    parameters = []
+    for p in _get(raw, "params", list, where):
+        text = _get(p, "type", str, where)
+        found = _TYPE.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{where}{p.get('name')} has the type {text!r}")
+        dtype = "state" if found[1] == "State" else found[1]
+        sizes = () if dtype == "state" else tuple(s.strip() for s in found[2].split(",") if s.strip() not in ("", "()"))
+        shape = tuple(int(s) if s.isdigit() else s for s in sizes)
+        parameters.append(ParameterSpec(_get(p, "name", str, where), dtype, shape, p.get("default"), text))
+    host = {called: str(type).partition("[")[0] for called, type in _get(raw, "host", dict, where).items()}
+    return ProgramSpec(name, tuple(parameters), tuple(_get(raw, "results", list, where)), host, raw.get("plain"))
+
+
+_TYPE = re.compile(r"(f32|i32|i64|bool|State)\[(.*)\]")
 
 
 def _get(raw: Any, key: str, kind: type, prefix: str = "") -> Any:

@@ -1,9 +1,11 @@
-"""A loaded artifact: `forward`, `generate`, `generate_ids`, `stream`."""
+"""A loaded artifact: `forward`, `generate`, `generate_ids`, `stream`, `run`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from types import TracebackType
 from typing import Any
 
@@ -14,13 +16,16 @@ from stemma.backends.cpu.device import Device, copy_weights
 from stemma.runtime.artifact import Artifact
 from stemma.runtime.errors import ArtifactError, InputError, StemmaRuntimeError
 from stemma.runtime.function import CompiledFunction, convert, empty
-from stemma.runtime.generate import Request, decode
-from stemma.runtime.sampling import SamplingOptions, Statistics, check_integer, check_stop
+from stemma.runtime.generate import Job, Request, decode
+from stemma.runtime.machine import Machines
+from stemma.runtime.manifest import ProgramSpec, parse_program
+from stemma.runtime.sampling import Statistics, check_integer, check_stop, option
 from stemma.runtime.session import Session, Step
 from stemma.runtime.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]
 _BATCH = 32
+_PROGRAMS = "programs.bin"
 HUGE_FROM = 1 << 26  # bytes of weights below which caches and small pages serve as well
 
 
@@ -71,6 +76,15 @@ def _free_memory() -> int:
         return 0
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a program gave: the tokens that it emitted, its named results, and what it took."""
+
+    tokens: list[int]
+    results: dict[str, NDArray[Any]]
+    statistics: Statistics
+
+
 class Model:
     """A model ready to run, made by `load`. Safe to use from several threads: native calls take turns.
 
@@ -81,8 +95,11 @@ class Model:
         self.artifact, self.path, self.manifest, self.device = artifact, artifact.path, artifact.manifest, device
         self.last_statistics = Statistics()
         self._tokenizer: Tokenizer | None = None
+        self._machines = Machines(device)
+        self._lowered: dict[Any, tuple[Any, bytes, ProgramSpec]] = {}
         if self.kind == "causal_lm":
-            self._step = Step(device, self.manifest)
+            self.step = Step(device, self.manifest)
+            self._blob = artifact.read(_PROGRAMS) if _PROGRAMS in artifact else b""
         else:
             self._forward = CompiledFunction(device, self.manifest.functions["forward"])
 
@@ -146,42 +163,50 @@ class Model:
         """
         if self.kind != "causal_lm":
             return self._forward(*inputs, **named)
-        rows = check_integer("rows", named.pop("rows", self._step.rows), 1, 2**31 - 1)
+        rows = check_integer("rows", named.pop("rows", self.step.rows), 1, 2**31 - 1)
         if len(inputs) + len(named) != 1 or set(named) - {"ids"}:
             raise InputError(f"{self.manifest.name} takes one input, the token ids: an integer array [batch, tokens].")
         array = np.asarray(convert(inputs[0] if inputs else named["ids"], "i64", "ids"))
         if array.ndim != 2 or 0 in array.shape:
             raise InputError(f"ids has the sizes {list(array.shape)}, but must be [batch, tokens] with at least one of each.")
         self._check_ids(array)
-        if array.shape[1] > self._step.context:
-            raise InputError(f"{array.shape[1]} tokens exceed the context of {self.manifest.name}, {self._step.context}.")
+        if array.shape[1] > self.step.context:
+            raise InputError(f"{array.shape[1]} tokens exceed the context of {self.manifest.name}, {self.step.context}.")
         ids = array.astype(np.int32)
         batch, tokens = ids.shape
-        out = empty((batch, tokens, self._step.vocab), "f32")
-        rows = min(rows, self._step.rows)
-        together = min(max(1, rows // tokens), self._step.sequences)
+        out = empty((batch, tokens, self.step.vocab), "f32")
+        rows = min(rows, self.step.rows)
+        together = min(max(1, rows // tokens), self.step.sequences)
         for start in range(0, batch, together):
             part = ids[start : start + together]
-            session = Session(self._step, [tokens] * len(part), rows)
+            session = Session(self.step, len(part), tokens, rows)
             try:
                 session.forward(part, out[start : start + together].reshape(part.size, -1))
             finally:
                 session.close()
         return out
 
+    @property
+    def programs(self) -> Mapping[str, ProgramSpec]:
+        """The decoding programs of the artifact, by name."""
+        return self.manifest.programs
+
     def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """The text that follows a prompt, or the list of texts that follow each of a list of prompts.
 
-        A prompt is text, or token ids. Options, all by name:
+        A prompt is text, or token ids. Options, all by name; the program that runs ("generate") has those from max_new_tokens to
+        sequence, and perhaps more (`programs["generate"].options`):
           max_new_tokens (128)     at most so many tokens follow; fewer where the context ends, with a warning
-          temperature (0)          0 takes the likeliest token; top_k (0), top_p (1), min_p (0), repetition_penalty (1): filters
+          temperature (0)          0 takes the likeliest token; top_k (0), top_p (1), min_p (0), repetition_penalty (1),
+                                   presence_penalty (0): filters
+          ignore_eos (False)       go on after the end token
           seed (0)                 of the noise, which is counted by (seed, sequence, position): a prompt gets the same answer alone
                                    and anywhere in any list
           sequence (0)             a number, or one per prompt: other numbers give other samples with the same seed
           stop (none)              text, or several: the answer ends before the first of them
-          ignore_eos (False)       go on after the end token
           add_special_tokens (True)  let the tokenizer add its own tokens around a text prompt; False for text that has them
           batch_size (32)          prompts run together; a matter of speed and memory only
+          program ("generate")     another program of the artifact that emits an answer
         InputError for wrong options, an empty prompt of a model without a first token, or a prompt that fills the context.
         """
         requests, single, run = self._start(prompt, True, **options)
@@ -203,57 +228,124 @@ class Model:
 
         Errors are raised here, not at the first piece. The iterator may be dropped at any time.
         """
-        _, single, run = self._start(prompt, True, **options)
+        _, single, run = self._start(prompt, True, eager=True, **options)
         if not single:
             raise InputError("stream takes one prompt. Use generate for a list of them.")
         return (piece for _, piece in run if piece)
 
-    def session(self, capacities: Sequence[int]) -> Session:
-        """Cache state for sequences of up to these many positions, for programs that drive the step themselves."""
+    def run(
+        self,
+        program: Any,
+        prompt: Prompt,
+        *,
+        host: Mapping[str, Callable[..., ArrayLike]] | None = None,
+        add_special_tokens: bool = True,
+        **options: Any,
+    ) -> Run:
+        """Run a decoding program on one prompt: a program of the artifact by name, or one written with `stemma.program`.
+
+        The latter is lowered when it is first given, which takes no C++ compiler. `host` maps names to the Python functions that
+        the program calls with arrays; what they raise ends the program. Options are the program's own; its `max_new_tokens` is
+        at most what the context has room for. InputError for wrong options, or a prompt that fills the context.
+        """
         self._language_model()
-        return Session(self._step, capacities)
+        spec, blob, key = self._program(program, options)
+        ids = self._ids(prompt, add_special_tokens)
+        given = self._options(spec, options)
+        limit, clipped = self._limit(spec, given, len(ids))
+        request = Request(ids, self._inputs(spec, ids, given, limit), limit, clipped=clipped)
+        self.last_statistics = statistics = Statistics()
+        job = Job(spec, blob, self.manifest.models, key, host or {}, whole=True)
+        for _ in decode(self._machines, job, [request], statistics, 1, self.step.context):
+            pass
+        return Run(request.new, request.results, statistics)
+
+    def _program(self, program: Any, options: dict[str, Any]) -> tuple[ProgramSpec, bytes, Any]:
+        """What is known of a program, the blob that holds it, and the key of its machines. Takes from `options` what is fixed."""
+        if isinstance(program, str):
+            if program not in self.programs:
+                known = ", ".join(sorted(self.programs)) or "none"
+                raise InputError(f"{self.manifest.name} has no program {program!r}; its programs: {known}.")
+            return self.programs[program], self._blob, ""
+        # Only programs written in Python need the compiler's half, so that running an artifact never imports it.
+        compiler = import_module("stemma.codegen.program")
+        fixed = {name: options.pop(name) for name in compiler.fixed_options(program) if name in options}
+        key = (id(program), repr(sorted(fixed.items())))
+        if key not in self._lowered:
+            blob, name, table = compiler.lower_object(program, self.manifest.raw, fixed)
+            self._lowered[key] = program, blob, parse_program(name, table)  # the program is kept, so that its id is
+        _, blob, spec = self._lowered[key]
+        return spec, blob, key
+
+    def _options(self, spec: ProgramSpec, options: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """The checked options of a program."""
+        if unknown := sorted(n for n in options if spec.option(n) is None):
+            known = ", ".join(p.name for p in spec.options) or "none"
+            raise InputError(f"There is no option {', '.join(unknown)}. The program {spec.name!r} has: {known}.")
+        if missing := [p.name for p in spec.options if p.default is None and p.name not in options]:
+            raise InputError(f"The program {spec.name!r} needs {', '.join(missing)}. Give a value by name.")
+        return {p.name: option(p, options[p.name]) for p in spec.options if p.name in options}
+
+    def _sequence(self, spec: ProgramSpec, number: Any) -> dict[str, NDArray[Any]]:
+        parameter = spec.option("sequence")
+        if parameter is None:
+            raise InputError(f"There is no option sequence. The program {spec.name!r} has none of that name.")
+        return {"sequence": option(parameter, number)}
+
+    def _limit(self, spec: ProgramSpec, given: Mapping[str, NDArray[Any]], length: int) -> tuple[int | None, bool]:
+        """How many tokens may follow a prompt of that length, and whether the context says so; None: the program decides."""
+        parameter, room = spec.option("max_new_tokens"), self.step.context - length
+        if parameter is None:
+            return None, False
+        wanted = given["max_new_tokens"] if "max_new_tokens" in given else parameter.default
+        limit = int(wanted if wanted is not None else room)
+        return min(limit, room), limit > room
+
+    def _inputs(
+        self, spec: ProgramSpec, ids: Sequence[int], given: Mapping[str, NDArray[Any]], limit: int | None
+    ) -> dict[str, NDArray[Any]]:
+        found = dict(given)
+        if spec.prompt is not None:
+            found[spec.prompt.name] = np.asarray(ids, np.int32)
+        if limit is not None:
+            found["max_new_tokens"] = np.asarray(limit, np.int32)
+        return found
 
     def _start(
         self,
         prompt: Prompt | Sequence[Prompt],
         text: bool,
         *,
-        max_new_tokens: int = 128,
         stop: str | Sequence[str] | None = None,
-        sequence: int | Sequence[int] = 0,
-        ignore_eos: bool = False,
+        sequence: int | Sequence[int] | None = None,
         add_special_tokens: bool = True,
         batch_size: int = _BATCH,
-        **sampling: Any,
+        program: str = "generate",
+        eager: bool = False,
+        **options: Any,
     ) -> tuple[list[Request], bool, Iterator[tuple[Request, str]]]:
         """Requests for the prompts, whether it was a single one, and the iterator that runs them."""
         self._language_model()
-        if unknown := sorted(set(sampling) - set(SamplingOptions.__dataclass_fields__)):
-            raise InputError(f"There is no option {', '.join(unknown)}. See the options in help(stemma.Model.generate).")
-        options = SamplingOptions(**sampling)
-        max_new_tokens = check_integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
-        batch = min(check_integer("batch_size", batch_size, 1, 2**31 - 1), self._step.sequences)
+        spec, blob, key = self._program(program, options)
+        batch = check_integer("batch_size", batch_size, 1, 2**31 - 1)
         strings = check_stop(stop)
+        given = self._options(spec, options)
         prompts, single = self._prompts(prompt, add_special_tokens)
-        numbers = [sequence] * len(prompts) if isinstance(sequence, int) else list(sequence)
+        each = isinstance(sequence, (Sequence, np.ndarray)) and not isinstance(sequence, str)
+        numbers: list[Any] = list(sequence) if each else [sequence] * len(prompts)  # type: ignore[arg-type]
         if len(numbers) != len(prompts):
             raise InputError(f"sequence has {len(numbers)} numbers for {len(prompts)} prompts. Give one for each, or one for all.")
+        eos = () if options.get("ignore_eos", False) else self.manifest.eos
         requests = []
         for ids, number in zip(prompts, numbers, strict=True):
-            room = self._step.context - len(ids)
-            requests.append(
-                Request(
-                    ids,
-                    min(max_new_tokens, room),
-                    clipped=max_new_tokens > room,
-                    sequence=check_integer("sequence", number, 0, 2**64 - 1),
-                    eos=() if ignore_eos else self.manifest.eos,
-                    text=TextStream(self.tokenizer, ids) if text else None,
-                    stop=strings,
-                )
-            )
+            own = given if number is None else given | self._sequence(spec, number)
+            limit, clipped = self._limit(spec, given, len(ids))
+            stream = TextStream(self.tokenizer, ids) if text else None
+            inputs = self._inputs(spec, ids, own, limit)
+            requests.append(Request(ids, inputs, limit, clipped=clipped, eos=eos, text=stream, stop=strings))
         self.last_statistics = Statistics()
-        return requests, single, decode(self._step, requests, options, self.last_statistics, batch)
+        job = Job(spec, blob, self.manifest.models, key, eager=eager or bool(strings))
+        return requests, single, decode(self._machines, job, requests, self.last_statistics, batch, self.step.context)
 
     def _prompts(self, prompt: Prompt | Sequence[Prompt], special: bool) -> tuple[list[list[int]], bool]:
         if isinstance(prompt, str):
@@ -281,9 +373,9 @@ class Model:
             if self.manifest.bos is None:
                 raise InputError(f"The prompt is empty, and {self.manifest.name} has no first token to begin with. Give a prompt.")
             ids = [self.manifest.bos]
-        if len(ids) >= self._step.context:
+        if len(ids) >= self.step.context:
             raise InputError(
-                f"The prompt has {len(ids)} tokens; the context of {self.manifest.name} is {self._step.context},"
+                f"The prompt has {len(ids)} tokens; the context of {self.manifest.name} is {self.step.context},"
                 " and at least one must stay free for the answer. Shorten the prompt."
             )
         self._check_ids(np.asarray(ids))
@@ -291,9 +383,9 @@ class Model:
 
     def _check_ids(self, ids: NDArray[Any]) -> None:
         low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._step.vocab:
+        if low < 0 or high >= self.step.vocab:
             wrong = low if low < 0 else high
-            raise InputError(f"The token id {wrong} is not in the vocabulary of {self.manifest.name}, 0 to {self._step.vocab - 1}.")
+            raise InputError(f"The token id {wrong} is not in the vocabulary of {self.manifest.name}, 0 to {self.step.vocab - 1}.")
 
     def _language_model(self) -> None:
         if self.kind != "causal_lm":

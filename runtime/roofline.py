@@ -9,6 +9,7 @@ import numpy as np
 
 from stemma.backends.cpu.device import Device, allocate
 from stemma.runtime.errors import InputError
+from stemma.runtime.session import Session
 from stemma.runtime.sizes import compile_size
 
 if TYPE_CHECKING:
@@ -65,12 +66,10 @@ def roofline(model: Model, ceilings: Ceilings, *, rows: int = 1, context: int = 
     limit = min(model.context, rows + context)
     if rows < 1 or rows > model.manifest.rows or limit < rows + context:
         raise InputError(f"{rows} rows after {context} tokens exceed {model.manifest.rows} rows or {model.context} positions.")
-    session = model.session([rows + context])
+    session = Session(model.step, 1, rows + context)
     try:
-        session.tokens[:rows] = np.arange(rows) % model.vocab
-        session.positions[:rows] = np.arange(context, context + rows)
-        session.rows_slots[:rows] = session.table[0, context : context + rows]
-        session.sequence[:rows] = 0
+        index = np.arange(rows, dtype=np.int32)
+        session.fill(index % model.vocab, index * 0, context + index)
         session.selected[0] = rows - 1
         session.run(rows, 1)
         times = np.median([session.profile(rows, 1) for _ in range(repeats)], axis=0) * 1e-9

@@ -1,42 +1,59 @@
-"""Options of decoding: how tokens are chosen, when a sequence ends, and what is told afterwards."""
+"""Options of decoding programs and their ranges, and what is told afterwards."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stemma.runtime.errors import InputError
+from stemma.runtime.function import convert
+from stemma.runtime.manifest import ParameterSpec
+
+# Bounds of options that every program understands in the same way: (lowest, highest, whether the lowest is allowed).
+FLOATS = {
+    "temperature": (0.0, math.inf, True), "top_p": (0.0, 1.0, False), "min_p": (0.0, 1.0, True),
+    "repetition_penalty": (0.0, math.inf, False),
+}  # fmt: skip
+INTEGERS = {"max_new_tokens": (1, 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (0, 2**64 - 1), "sequence": (0, 2**64 - 1)}
+NUMPY: dict[str, type[np.generic]] = {"f32": np.float32, "i32": np.int32, "i64": np.int64, "bool": np.bool_}
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How one token is chosen: argmax(filter(logits) / temperature + noise), or plain argmax when `temperature` is 0.
-
-    The repetition penalty comes first, then the temperature, then the filters top_k (0: off), top_p (1: off), min_p (0: off).
-    The noise is Gumbel noise *counted* by (seed, sequence, position, token) and never drawn, so a result does not depend on what
-    else runs. InputError for values outside their range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check("temperature", self.temperature, 0.0, math.inf)
-        _check("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _check("min_p", self.min_p, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_below=True)
-        check_integer("top_k", self.top_k, 0, 2**31 - 1)
-        check_integer("seed", self.seed, 0, 2**64 - 1)
+def option(parameter: ParameterSpec, value: Any) -> NDArray[Any]:
+    """The value of an option as the array that a program takes. InputError when it is outside its range, or not of its type."""
+    name, dtype = parameter.name, parameter.dtype
+    if parameter.shape:
+        array = convert(value, dtype, name)
+        wrong = array.ndim != len(parameter.shape) or any(
+            isinstance(s, int) and s != n for s, n in zip(parameter.shape, array.shape, strict=False)
+        )
+        if wrong:
+            raise InputError(f"{name} has the sizes {list(array.shape)}; the program takes {parameter.text}.")
+        return array
+    if dtype == "bool":
+        if not isinstance(value, (bool, np.bool_)):
+            raise InputError(f"{name}={value!r} must be True or False.")
+    elif dtype == "f32":
+        low, high, closed = FLOATS.get(name, (-math.inf, math.inf, False))
+        _check(name, value, low, high, not closed)
+    else:
+        bits = 31 if dtype == "i32" else 63
+        value = check_integer(name, value, *INTEGERS.get(name, (-(2**bits), 2**bits - 1)))
+        value = value - 2**64 if value >= 2**63 else value  # counted by its 64 bits
+    return np.asarray(value, NUMPY[dtype])
 
 
 @dataclass
 class Statistics:
-    """What one call of generate or stream did. Seconds are wall time; `native` is the part inside the kernels."""
+    """What one call of generate or stream did. Seconds are wall time; `native` is the part inside the models' kernels.
+
+    trees, nodes, followed: token trees that were drafted, their nodes that models ran, and nodes that became tokens.
+    drafting_seconds: spent on drafting and on the programs' own work. models: calls, rows, outputs and seconds of each.
+    """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -44,7 +61,23 @@ class Statistics:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_native_seconds: float = 0.0
-    finish: list[str] = field(default_factory=list)  # per prompt: "eos", "stop", "length", "context" or "closed"
+    finish: list[str] = field(default_factory=list)  # per prompt: "eos", "stop", "length", "context", "end" or "closed"
+    trees: int = 0
+    nodes: int = 0
+    followed: int = 0
+    drafting_seconds: float = 0.0
+    machine_seconds: float = 0.0
+    models: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def followed_per_tree(self) -> float:
+        """Tokens gained by one call of the model that was speculated for: the accepted length, root included."""
+        return self.followed / self.trees if self.trees else 0.0
+
+    @property
+    def drafting_share(self) -> float:
+        """Drafting time over the time in the machine."""
+        return self.drafting_seconds / self.machine_seconds if self.machine_seconds else 0.0
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -83,10 +116,8 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _check(name: str, value: object, low: float, high: float, open_below: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (low < value if open_below else low <= value):
-        value_ok = False
-    else:
-        value_ok = value <= high and value != math.inf
-    if not value_ok:
-        bound = f"more than {low:g}" if open_below else f"at least {low:g}"
-        raise InputError(f"{name}={value!r} must be a number, {bound}" + (f" and at most {high:g}." if high < math.inf else "."))
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not (low < value if open_below else low <= value) or not value <= high or value == math.inf:  # type: ignore[operator]
+        bounds = [f"more than {low:g}" if open_below else f"at least {low:g}"] if low > -math.inf else []
+        bounds += [f"at most {high:g}"] if high < math.inf else []
+        raise InputError(f"{name}={value!r} must be a number" + (f", {' and '.join(bounds)}." if bounds else "."))

@@ -1,61 +1,22 @@
-"""Cache state of sequences being decoded: slots of the K/V caches, the table from positions to slots, and the step's arrays.
-
-The idea is that of paged attention (vLLM, 2023) with pages of one slot: a sequence is a row of `table`, so two sequences that
-share a prefix share slots, and forking one is copying a part of a row. All memory is allocated when the session is made.
-"""
+"""The decode step called directly, for the logits of whole texts and for profiling. Decoding itself is the machine's work."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stemma.backends.cpu.device import Device, allocate
-from stemma.runtime.errors import ArtifactError, InputError
+from stemma.runtime.errors import ArtifactError
 from stemma.runtime.function import empty
 from stemma.runtime.manifest import FunctionSpec, Manifest
 
-_INPUTS = ("tokens", "positions", "slots", "sequence", "table", "selected")
+_INPUTS = ("tokens", "positions", "slots", "sequence", "table", "selected", "weights")
+_RESULTS = ("logits", "hidden")
 _DIMS = ("rows", "outputs", "sequences", "context", "slots")
 _ROUND = 64  # capacities are multiples of this, so that sizes repeat and buffers are reused
 _UNBOUNDED = 2**31 - 1
-
-
-class Slots:
-    """Slots of the caches, counted by use, handed out lowest first so that a sequence's slots are neighbours."""
-
-    def __init__(self, count: int) -> None:
-        self._uses = np.zeros(count, np.int32)
-        self._free = np.arange(count - 1, -1, -1, dtype=np.int32)
-        self._available = count
-
-    @property
-    def available(self) -> int:
-        """Slots that nothing uses."""
-        return self._available
-
-    def take(self, count: int) -> NDArray[np.int32]:
-        """That many unused slots, now used once. InputError when there are fewer."""
-        if count > self._available:
-            raise InputError(f"The session has {self._available} free cache slots, {count} are needed. Make it larger.")
-        self._available -= count
-        taken = self._free[self._available : self._available + count][::-1].copy()
-        self._uses[taken] = 1
-        return taken
-
-    def share(self, slots: NDArray[np.int32]) -> None:
-        """Count one more use of each of these slots."""
-        self._uses[slots] += 1
-
-    def release(self, slots: NDArray[np.int32]) -> None:
-        """Count one use less of each of these slots; those without a use are free again."""
-        self._uses[slots] -= 1
-        freed = slots[self._uses[slots] == 0]
-        self._free[self._available : self._available + freed.size] = freed[::-1]
-        self._available += freed.size
 
 
 class Step:
@@ -67,8 +28,8 @@ class Step:
         self.rows = min(manifest.rows, self._limit("rows"), self._limit("outputs"))
         self.sequences = min(self.rows, self._limit("sequences"))
         self.slots = self._limit("slots")
-        outputs = self.spec.dimension("outputs")
-        self.needs_output = outputs is None or outputs.lo > 0
+        tokens = next((t for t in self.spec.inputs if t.name == "tokens"), None)
+        self.mix = tokens.shape[1]({}) if tokens and len(tokens.shape) == 2 else 1
         self._spare: list[NDArray[np.uint8]] = []
 
     def _limit(self, name: str) -> int:
@@ -77,11 +38,12 @@ class Step:
 
     def _check(self, spec: FunctionSpec) -> None:
         unknown = [t.name for t in spec.inputs if t.name not in _INPUTS] + [d.name for d in spec.dims if d.name not in _DIMS]
-        logits = spec.results[0] if len(spec.results) == 1 else None
-        if unknown or logits is None or logits.dtype != "f32" or any(t.dtype != "i32" for t in spec.inputs):
+        unknown += [t.name for t in spec.results if t.name not in _RESULTS]
+        wrong = not spec.results or any(t.dtype != ("f32" if t.name == "weights" else "i32") for t in spec.inputs)
+        if unknown or wrong or any(t.dtype != "f32" for t in spec.results):
             raise ArtifactError(
                 f"The step of {self.device.source} is not one that this version of Stemma can drive"
-                f" ({', '.join(unknown) or 'its inputs must be i32 and its result f32 logits'}). Compile the model again."
+                f" ({', '.join(unknown) or 'its inputs must be i32 and its results f32'}). Compile the model again."
             )
 
     def take_states(self, values: dict[str, int]) -> list[NDArray[np.uint8]]:
@@ -99,51 +61,40 @@ class Step:
 
 
 class Session:
-    """Sequences in the caches, row i of the table holding up to `capacities[i]` positions.
+    """Some sequences of the step, `tokens` positions each, in the caches: for the logits of whole texts, and for profiling.
 
-    `run` computes logits for rows anywhere in any of the sequences; `prefill` and `decode` are the two uses of it. The bits of a
-    row do not depend on the rows that run with it, so how calls are grouped (at most `rows` rows in one) is only a question of
-    speed. Close it when done.
+    `run` computes logits for rows anywhere in any of the sequences; position p of sequence s has the slot s * tokens + p. The bits
+    of a row do not depend on the rows that run with it, so how calls are grouped is only a question of speed. Close it when done.
     """
 
-    def __init__(self, step: Step, capacities: Sequence[int], rows: int | None = None) -> None:
-        if not 0 < len(capacities) <= step.sequences:
-            raise InputError(f"A session holds 1 to {step.sequences} sequences, not {len(capacities)}.")
-        if max(capacities) > step.context:
-            raise InputError(f"A sequence of {max(capacities)} positions exceeds the model's context of {step.context}.")
-        self.step, self.lengths = step, [0] * len(capacities)
-        width = min(_round(max(capacities)), step.context)
-        slots = _round(sum(capacities))
-        if slots > step.slots:
-            raise InputError(f"The session needs {slots} cache slots; the model was compiled for at most {step.slots}.")
-        self.slots = Slots(slots)
-        self._values = {"rows": 0, "outputs": 0, "sequences": len(capacities), "context": width, "slots": slots}
-        self.table = np.zeros((len(capacities), width), np.int32)
-        for row, capacity in enumerate(capacities):
-            self.table[row, :capacity] = self.slots.take(capacity)
-        rows = min(rows or step.rows, step.rows, sum(capacities))
-        self.tokens, self.positions, self.rows_slots, self.sequence, self.selected = np.zeros((5, rows), np.int32)
-        self.logits = empty((min(rows, len(capacities)), step.vocab), "f32")
-        self.native_seconds = 0.0
+    def __init__(self, step: Step, sequences: int, tokens: int, rows: int | None = None) -> None:
+        self.step = step
+        width = min(_round(tokens), step.context)
+        slots = _round(sequences * tokens)
+        self._values = {"rows": 0, "outputs": 0, "sequences": sequences, "context": width, "slots": slots}
+        self.table = np.zeros((sequences, width), np.int32)
+        self.table[:, :tokens] = np.arange(sequences * tokens).reshape(sequences, tokens)
+        rows = min(rows or step.rows, step.rows, sequences * tokens)
+        self.positions, self.slots, self.sequence, self.selected = np.zeros((4, rows), np.int32)
+        self.tokens = np.zeros((rows, step.mix), np.int32)  # a row is a mixture of tokens: here of one, with the weight 1
+        weights = np.zeros((rows, step.mix), np.float32)
+        weights[:, 0] = 1
+        self.logits = empty((rows, step.vocab), "f32")
         self._states = step.take_states(self._values)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        spec = self.step.spec
-        arrays = dict(zip(_INPUTS, (self.tokens, self.positions, self.rows_slots, self.sequence, self.table, self.selected)))
-        buffers: list[NDArray[Any]] = [*(arrays[t.name] for t in spec.inputs), *self._states, self.logits]
-        self._launch = self.step.device.launch(spec.index, len(spec.dims), len(buffers))
+        inputs = (self.tokens, self.positions, self.slots, self.sequence, self.table, self.selected, weights)
+        arrays: dict[str, NDArray[Any]] = dict(zip(_INPUTS, inputs, strict=True))
+        others = [empty((rows, *(size(self._values) for size in t.shape[1:])), t.dtype) for t in step.spec.results[1:]]
+        buffers = [*(arrays[t.name] for t in step.spec.inputs), *self._states, self.logits, *others]
+        self._launch = step.device.launch(step.spec.index, len(step.spec.dims), len(buffers))
         for position, buffer in enumerate(buffers):
             self._launch.bind(position, buffer)
-        self._result = len(buffers) - 1
+        self._result = len(buffers) - len(step.spec.results)
         self._sizes = (-1, -1)
 
     def run(self, rows: int, outputs: int) -> None:
-        """Run the step on the first `rows` entries of tokens, positions, rows_slots and sequence, and `outputs` of selected."""
+        """Run the step on the first `rows` entries of tokens, positions, slots and sequence, and `outputs` of selected."""
         self._resize(rows, outputs)
-        start = time.perf_counter()
         self._launch()
-        self.native_seconds += time.perf_counter() - start
 
     def profile(self, rows: int, outputs: int) -> NDArray[np.float64]:
         """Like `run`, with a clock around each kernel: nanoseconds of each, in the order of the manifest's launches."""
@@ -157,51 +108,20 @@ class Session:
             self._launch.resize([self._values[d.name] for d in self.step.spec.dims])
             self._sizes = (rows, outputs)
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
-        """Run one prompt per row of the table, in calls of at most `step.rows` rows.
-
-        Yields (i, row) once the prompt of a row of the table is in: its logits are logits[i], until the iterator goes on.
-        """
-        lengths = [len(ids) for ids in prompts]
-        tokens = np.concatenate([np.asarray(ids, np.int32) for ids in prompts])
-        sequence = np.repeat(np.arange(len(prompts), dtype=np.int32), lengths)
-        positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-        ends = {int(end) - 1: row for row, end in enumerate(np.cumsum(lengths))}
-        for start in range(0, tokens.size, self.tokens.size):
-            count = min(self.tokens.size, tokens.size - start)
-            part = slice(start, start + count)
-            done = [i for i in range(start, start + count) if i in ends]
-            self._fill(tokens[part], sequence[part], positions[part])
-            # A step that must compute some logits computes those of the last row, for nobody.
-            wanted = [i - start for i in done] or [count - 1] * self.step.needs_output
-            self.selected[: len(wanted)] = wanted
-            self.run(count, len(wanted))
-            for place, i in enumerate(done):
-                self.lengths[ends[i]] = lengths[ends[i]]
-                yield place, ends[i]
-
-    def _fill(self, tokens: NDArray[np.int32], sequence: NDArray[Any], positions: NDArray[Any]) -> None:
+    def fill(self, tokens: NDArray[np.int32], sequence: NDArray[Any], positions: NDArray[Any]) -> None:
+        """Set the next call's rows: a token, its sequence and its position each."""
         count = tokens.size
-        self.tokens[:count], self.sequence[:count], self.positions[:count] = tokens, sequence, positions
-        self.rows_slots[:count] = self.table[sequence, positions]
-
-    def decode(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
-        """Append one token to each of these rows of the table; logits[i] then follow rows[i]."""
-        for i, row in enumerate(rows):
-            position = self.lengths[row]
-            self.tokens[i], self.positions[i], self.rows_slots[i] = tokens[i], position, self.table[row, position]
-            self.sequence[i], self.selected[i] = row, i
-            self.lengths[row] = position + 1
-        self.run(len(rows), len(rows))
+        self.tokens[:count, 0], self.sequence[:count], self.positions[:count] = tokens, sequence, positions
+        self.slots[:count] = self.table[sequence, positions]
 
     def forward(self, ids: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Logits of every token: ids i32[sequences, tokens] from position 0 into out f32[sequences * tokens, vocab]."""
         total = ids.size
         flat = ids.reshape(-1)
-        for start in range(0, total, self.tokens.size):
-            count = min(self.tokens.size, total - start)
+        for start in range(0, total, self.positions.size):
+            count = min(self.positions.size, total - start)
             index = np.arange(start, start + count)
-            self._fill(flat[start : start + count], index // ids.shape[1], index % ids.shape[1])
+            self.fill(flat[start : start + count], index // ids.shape[1], index % ids.shape[1])
             self.selected[:count] = np.arange(count)
             self._launch.bind(self._result, out, start * out.strides[0])
             self.run(count, count)

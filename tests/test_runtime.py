@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import stemma
 from stemma.backends.cpu import device
 from stemma.runtime import ArtifactError, DeviceError, InputError, Model, StemmaRuntimeError, load
-from stemma.runtime.session import Slots
+from stemma.runtime.session import Session
 from tests import fake
 
 PROMPTS = [[0, 7, 9], [3], list(range(20, 45)), [5, 5, 5, 5, 5, 5, 5, 5, 5], [11, 200]]
@@ -194,7 +192,10 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 0}, "max_new_tokens=0"),
     ({"stop": [""]}, "non-empty string"),
     ({"sequence": [1, 2]}, "2 numbers for 1 prompts"),
-    ({"heat": 1}, "no option heat"),
+    ({"heat": 1}, "no option heat. The program 'generate' has: max_new_tokens, temperature, top_k"),
+    ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),
+    ({"presence_penalty": float("nan")}, "presence_penalty=nan must be a number"),
+    ({"program": "beam"}, "fake has no program 'beam'; its programs: generate"),
 ]
 
 
@@ -425,38 +426,11 @@ def test_check_hashes_the_file(model: Model) -> None:
 
 @pytest.mark.quick
 def test_sessions_run_and_profile_any_rows(model: Model) -> None:
-    """What `inspect --roofline` and decoding programs use."""
-    session = model.session([4, 4])
-    done = [(row, session.logits[i].copy()) for i, row in session.prefill([[5, 6], [7]])]
-    assert [row for row, _ in done] == [0, 1] and session.lengths == [2, 1]
-    for (_, found), ids in zip(done, ([5, 6], [7]), strict=True):
-        np.testing.assert_array_equal(found, fake.logits(ids)[-1])
-    session.decode([1, 0], [9, 8])
-    np.testing.assert_array_equal(session.logits, [fake.logits([7, 9])[-1], fake.logits([5, 6, 8])[-1]])
-    assert session.profile(2, 2).tolist() == [10.0, 20.0]
+    """What `inspect --roofline` uses."""
+    session = Session(model.step, 2, 4)
+    session.fill(np.array([5, 7, 6], np.int32), np.array([0, 1, 0]), np.array([0, 0, 1]))
+    session.selected[:2] = 2, 1
+    session.run(3, 2)
+    np.testing.assert_array_equal(session.logits[:2], [fake.logits([5, 6])[-1], fake.logits([7])[-1]])
+    assert session.profile(3, 2).tolist() == [10.0, 20.0]
     session.close()
-    with pytest.raises(InputError, match="97 positions exceeds the model's context of 96"):
-        model.session([97])
-    with pytest.raises(InputError, match="holds 1 to 8 sequences, not 9"):
-        model.session([1] * 9)
-
-
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=12), st.randoms())
-def test_slots_are_counted(sizes: list[int], random: Any) -> None:
-    slots, held = Slots(64), []
-    for size in sizes:
-        if size > slots.available:
-            with pytest.raises(InputError, match="free cache slots"):
-                slots.take(size)
-            continue
-        held.append(slots.take(size))
-        if random.random() < 0.5:
-            slots.share(held[-1])
-            held.append(held[-1])
-        if random.random() < 0.5:
-            slots.release(held.pop(random.randrange(len(held))))
-    used = {int(slot) for taken in held for slot in taken}
-    assert slots.available == 64 - len(used)
-    for taken in held:
-        slots.release(taken)
-    assert slots.available == 64 and sorted(slots.take(64).tolist()) == list(range(64))

@@ -12,6 +12,8 @@ import os
 import tempfile
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,18 +29,15 @@ HUGE_PAGE = 2 << 20
 _ERROR_BYTES = 1024
 
 
-class Sampling(ctypes.Structure):
-    """StemmaSampling of the native interface: how one token is chosen; `sequence` and `position` count the noise."""
+class NativeTensor(ctypes.Structure):
+    """StemmaTensor of the native interface: a row-major array that stays with its owner. dtype: 0 f32, 1 i32, 2 i64, 3 bool."""
 
     _fields_ = [
-        ("temperature", ctypes.c_float),
-        ("top_p", ctypes.c_float),
-        ("min_p", ctypes.c_float),
-        ("repetition_penalty", ctypes.c_float),
-        ("top_k", ctypes.c_int32),
-        ("seed", ctypes.c_uint64),
-        ("sequence", ctypes.c_uint64),
-        ("position", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("dtype", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("shape", ctypes.c_int64 * 4),
+        ("data", ctypes.c_void_p),
     ]
 
 
@@ -50,11 +49,22 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "stemma_close": (None, [_VOID]),
     "stemma_arena_bytes": (_LONG, [_VOID, _INT, _VOID]),
     "stemma_call": (_INT, [_VOID, _INT, _VOID, _VOID, _VOID]),
-    "stemma_sample": (_INT, [_VOID, _VOID, _LONG, _VOID, _VOID, _LONG]),
     "stemma_set_weights": (None, [_VOID, _VOID]),
     "stemma_set_profile": (None, [_VOID, _INT]),
     "stemma_profile": (_LONG, [_VOID, _VOID, _LONG]),
     "stemma_probe": (ctypes.c_double, [_VOID, _INT, _VOID, _LONG, _LONG]),
+    "stemma_machine_open": (_VOID, [_VOID, _CHARS, _LONG, _VOID, _LONG]),
+    "stemma_machine_close": (None, [_VOID]),
+    "stemma_machine_start": (_LONG, [_VOID, _CHARS, _VOID, _LONG, _VOID, _LONG]),
+    "stemma_machine_advance": (_INT, [_VOID, _LONG, _LONG]),
+    "stemma_machine_status": (_INT, [_VOID, _LONG, _VOID]),
+    "stemma_machine_tokens": (_LONG, [_VOID, _LONG, _LONG, _VOID, _LONG]),
+    "stemma_machine_error": (_CHARS, [_VOID, _LONG]),
+    "stemma_machine_request": (_LONG, [_VOID, _LONG, _VOID, _VOID, _LONG]),
+    "stemma_machine_reply": (_INT, [_VOID, _LONG, _VOID, _CHARS]),
+    "stemma_machine_result": (_INT, [_VOID, _LONG, _CHARS, _VOID]),
+    "stemma_machine_release": (None, [_VOID, _LONG]),
+    "stemma_machine_statistics": (_LONG, [_VOID, _LONG, _VOID, _LONG]),
 }
 
 
@@ -85,6 +95,41 @@ def copy_weights(weights: NDArray[np.uint8]) -> NDArray[np.uint8]:
     np.copyto(copy[middle:], weights[middle:])
     other.join()
     return copy
+
+
+class Turns:
+    """A lock that threads get in the order in which they asked, so that one which asks again and again keeps nobody out."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._taken = False
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        gate = threading.Lock()
+        gate.acquire()
+        with self._guard:
+            if not self._taken:
+                self._taken = True
+                return
+            self._waiting.append(gate)
+        try:
+            gate.acquire()
+        except BaseException:  # Ctrl-C while waiting; the turn may have come at the same moment
+            with self._guard:
+                mine = gate not in self._waiting
+                if not mine:
+                    self._waiting.remove(gate)
+            if mine:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            if self._waiting:
+                self._waiting.popleft().release()
+            else:
+                self._taken = False
 
 
 def available_threads() -> int:
@@ -119,7 +164,8 @@ class Device:
         self._weights = weights
         self._handle = self._open(weights)
         self._reserve(PAGE)
-        self.lock = threading.Lock()
+        self.lock = Turns()
+        self._machines: weakref.WeakSet[Machine] = weakref.WeakSet()
         self._mover: threading.Thread | None = None
 
     def _open(self, weights: NDArray[np.uint8]) -> int:
@@ -173,9 +219,11 @@ class Device:
         """A prepared call of the function `index`, which takes that many sizes and buffers."""
         return Launch(self, index, sizes, buffers)
 
-    def sampler(self, vocab: int, **options: Any) -> Sampler:
-        """A prepared token choice over `vocab` logits; options are the fields of Sampling."""
-        return Sampler(self, vocab, Sampling(**options))
+    def machine(self, blob: bytes) -> Machine:
+        """A machine that runs the programs of `blob` on this model. DeviceError when they do not fit."""
+        made = Machine(self, blob)
+        self._machines.add(made)
+        return made
 
     def probe(self, kind: int, memory: NDArray[np.uint8], rounds: int) -> float:
         """Bytes (kind 0: read `memory`) or operations (1: f32, 2: bf16, 3: int8 products) per second; 0 without such a unit."""
@@ -191,6 +239,8 @@ class Device:
 
     def close(self) -> None:
         """Stop the threads and release scratch memory. Later calls raise DeviceError."""
+        for machine in list(self._machines):
+            machine.close()
         with self.lock:
             if self._handle is not None:
                 handle, self._handle = self._handle, None
@@ -259,25 +309,38 @@ class Launch:
             )
 
 
-class Sampler:
-    """Chooses one token from logits, by the counted noise of `options`."""
+class Machine:
+    """A native machine: its calls, one at a time through the device's lock. Instances of programs are numbers.
 
-    __slots__ = ("device", "vocab", "options", "_pointer", "_sample")
+    `library` has the functions, `handle` the machine; DeviceError after `close`, or when the device is closed.
+    """
 
-    def __init__(self, device: Device, vocab: int, options: Sampling) -> None:
-        self.device, self.vocab, self.options = device, vocab, options
-        self._pointer = ctypes.addressof(options)
-        self._sample = device._library.stemma_sample
-
-    def __call__(self, logits: int, history: int, length: int) -> int:
-        """The token at position `length`, from f32[vocab] at address `logits` and i32[length] at `history`."""
-        self.options.position = length
-        device = self.device
+    def __init__(self, device: Device, blob: bytes) -> None:
+        self.device, self.library = device, device._library
+        self._handle: int | None = None
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
         with device.lock:
-            token: int = self._sample(device.handle, logits, self.vocab, self._pointer, history, length)
-        if token < 0:
-            raise DeviceError(f"No token could be chosen at position {length}: the logits are not finite numbers.")
-        return token
+            self._handle = self.library.stemma_machine_open(device.handle, blob, len(blob), ctypes.addressof(error), _ERROR_BYTES)
+        if not self._handle:
+            raise DeviceError(f"The programs of {device.source} do not run: {error.value.decode(errors='replace')}")
+
+    @property
+    def handle(self) -> int:
+        """The native machine."""
+        if self._handle is None:
+            raise DeviceError(f"The model of {self.device.source} was closed. Load it again to use it.")
+        return self._handle
+
+    def close(self) -> None:
+        """Cancel what runs and release the memory."""
+        with self.device.lock:
+            handle, self._handle = self._handle, None
+            if handle:
+                self.library.stemma_machine_close(handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
 
 
 def _threads(wanted: int | None) -> int:

@@ -6,6 +6,7 @@ import typer
 
 from stemma.cli.bench import bench_command
 from stemma.cli.compile import compile_command
+from stemma.cli.export import export_command
 from stemma.cli.inspect import inspect_command
 from stemma.cli.listing import ops_command, passes_command, targets_command, why_command
 from stemma.cli.run import run_command
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command("compile")(compile_command)
 app.command("run")(run_command)
+app.command("export")(export_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 app.command("verify")(verify_command)

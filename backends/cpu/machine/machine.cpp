@@ -3,6 +3,7 @@
 #include "calls.hpp"
 #include "choose.hpp"
 #include "constraint.hpp"
+#include "embed.hpp"
 #include "governor.hpp"
 #include "sequences.hpp"
 #include "tables.hpp"

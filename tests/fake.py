@@ -18,7 +18,8 @@ from stemma.backends.cpu import toolchain
 from stemma.codegen.artifact import Member, Stream, write_artifact
 from stemma.codegen.blob import Served
 from stemma.codegen.program import Listed, lower_programs, program_table
-from stemma.ir import Function, Node, State, Tensor, dim, ops
+from stemma.frontend import programs
+from stemma.ir.trace import ModelSpec, trace
 
 WEIGHT = 5
 CONTEXT = 96
@@ -45,35 +46,10 @@ def library(*defines: str) -> bytes:
         return output.read_bytes()
 
 
-OPTIONS: dict[str, tuple[str, float]] = {
-    "max_new_tokens": ("i32", 128), "temperature": ("f32", 0.0), "top_k": ("i32", 0), "top_p": ("f32", 1.0), "min_p": ("f32", 0.0),
-    "repetition_penalty": ("f32", 1.0), "presence_penalty": ("f32", 0.0), "seed": ("i64", 0), "sequence": ("i64", 0),
-    "ignore_eos": ("bool", False),
-}  # fmt: skip
-
-
 def generate(ends: Sequence[int]) -> Listed:
-    """The plain decoding loop, by hand."""
-    length = dim("prompt_length", 1, CONTEXT)
-    prompt = ops.param(name="prompt", type=Tensor("i32", (length,)))
-    options = {name: ops.param(name=name, type=Tensor(dtype, ())) for name, (dtype, _) in OPTIONS.items()}
-    output = ops.param(name="output", type=State("output"))
-    text = ops.start(ops.slice(prompt, axis=0, start=0, stop=length - 1), model="model", vocab=VOCAB)
-    token, sequences = ops.param(name="token", type=Tensor("i32", (1,))), ops.param(name="sequences", type=text.type)
-    stepped = ops.step(sequences, token)
-    after, row = ops.get(stepped, index=0), ops.get(stepped, index=1)
-    chosen = ops.select(row, after, *list(options.values())[1:9])
-    emitted = ops.emit(output, chosen)
-    again = ops.lt(ops.emitted(emitted), options["max_new_tokens"])
-    if ends:
-        other = ops.logical_not(ops.reshape(ops.is_in(chosen, ids=tuple(ends)), shape=()))
-        again = ops.logical_and(again, ops.logical_or(options["ignore_eos"], other))
-    carried: list[Node] = [sequences, token, output, *options.values()]
-    body = Function("", carried, {"again": again, "s": after, "t": chosen, "o": emitted, **options})
-    last = ops.slice(prompt, axis=0, start=length - 1, stop=length)
-    ran = ops.loop(text, last, output, *options.values(), body=body)
-    function = Function("generate", [prompt, *options.values(), output], {"output": ops.get(ran, index=2)})
-    return Listed(function, {name: value for name, (_, value) in OPTIONS.items()})
+    """The library's plain decoding."""
+    made = trace(programs.generate, {"model": ModelSpec(VOCAB, 0, tuple(ends), CONTEXT)})
+    return Listed(made.function, made.defaults)
 
 
 @lru_cache
@@ -118,7 +94,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "states": [],
         "results": [tensor("y", "batch", "1*width", dtype="f32"), tensor("total", 1, dtype="i64")],
     }
-    programs = [generate(changes.get("eos", [1]))] if changes.get("kind", "causal_lm") == "causal_lm" else []
+    listed = [generate(changes.get("eos", [1]))] if changes.get("kind", "causal_lm") == "causal_lm" else []
     return {
         "format": 2,
         "abi": 2,
@@ -128,7 +104,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
         "targets": {"cpu": {"library": "targets/cpu/kernels.so", "variants": ["imaginary", "portable"]}},
         "functions": {"step": step, "forward": forward},
         "models": [{"name": "model", "vocab": VOCAB, "width": 0, "eos": [1], "context": CONTEXT}],
-        "programs": {p.function.name: program_table(p) for p in programs},
+        "programs": {p.function.name: program_table(p) for p in listed},
         "limits": {"context": CONTEXT, "rows": ROWS},
         "vocab": VOCAB,
         "eos": [1],

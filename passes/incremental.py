@@ -26,18 +26,28 @@ class Incremental(Pass):
     """Derive the decode step of a causal language model.
 
     rows: the largest number of rows of one call. hidden: give the value that the output head is applied to as a second result.
+    context: bound of the columns of the table, which steps in one module share; 0: that of the model. Functions NAME_forward become
+    NAME_step, without hidden states.
     """
 
     rows: int = 512
     hidden: bool = False
+    context: int = 0
     name: ClassVar[str] = "incremental"
     requires: ClassVar[frozenset[str]] = frozenset({"causal"})
     ensures: ClassVar[frozenset[str]] = frozenset({"has_step"})
 
     def run(self, module: Module, context: PassContext) -> Module:
         """Replace `forward` by `step`; PassError names the operation that mixes positions."""
-        step = _Step(module["forward"], self.rows, int(module.properties.get("context") or size.UNBOUNDED)).build(self.hidden)
-        return Module((step, *(f for f in module if f.name != "forward")), module.properties)
+        columns = self.context or int(module.properties.get("context") or size.UNBOUNDED)
+
+        def changed(function: Function) -> Function:
+            if function.name != "forward" and not function.name.endswith("_forward"):
+                return function
+            name = function.name.removesuffix("forward") + "step"
+            return _Step(function, self.rows, columns).build(name, self.hidden and name == "step")
+
+        return module.map(changed)
 
 
 class _Step:
@@ -60,7 +70,7 @@ class _Step:
         self.shared: dict[tuple[Node, Node], tuple[Node, Node]] = {}
         self.new: dict[Node, Node] = {}
 
-    def build(self, hidden: bool) -> Function:
+    def build(self, name: str, hidden: bool) -> Function:
         for node in self.forward.nodes:
             self.new[node] = self.convert(node)
         logits = self.new[self.forward.results[0]]
@@ -73,7 +83,7 @@ class _Step:
             value = head_input(selected)
             results["hidden"] = ops.reshape(value, shape=(self.outputs, value.shape[-1]))
         names = [c.attrs["name"] for c in self.caches]
-        return Function("step", (*self.inputs.values(), *self.caches), results | dict(zip(names, self.updated, strict=True)))
+        return Function(name, (*self.inputs.values(), *self.caches), results | dict(zip(names, self.updated, strict=True)))
 
     def substituted(self, value: Any) -> Any:
         """Sizes of the plain graph in terms of rows: batch = 1, tokens = rows."""

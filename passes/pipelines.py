@@ -1,6 +1,7 @@
 """The pipelines: literal lists of passes. This file is the compiler's table of contents.
 
-plain graph -> RAISING -> preset and user passes -> LANGUAGE_MODEL or OTHER_MODEL -> code generation
+plain graph -> RAISING -> preset and user passes of the stage "model" -> decode step, fusion       for each model
+all models and the decoding programs -> user passes of the stage "program" -> code generation     once
 """
 
 from __future__ import annotations
@@ -25,16 +26,26 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
 }
 
 
-def pipeline(preset: str, added: Sequence[Pass], *, causal: bool, rows: int) -> tuple[Pass, ...]:
-    """The whole pipeline: `added` passes run after those of the preset. PassError for an unknown preset."""
+def pipeline(
+    preset: str, added: Sequence[Pass], *, causal: bool, rows: int, hidden: bool = False, context: int = 0
+) -> tuple[Pass, ...]:
+    """The whole pipeline of one model: those `added` passes that are of the stage "model" run after those of the preset.
+
+    rows, hidden, context: see `Incremental`, for causal language models. PassError for an unknown preset.
+    """
     if preset not in PRESETS:
         raise PassError(f"There is no preset {preset!r}. Choose one of {', '.join(PRESETS)}.")
     return (
         *RAISING,  # recover norms, activations, rotary embeddings, attention and its masks
         *PRESETS[preset],  # quantize
-        *added,  # the user's own
-        *((Incremental(rows=rows),) if causal else ()),  # derive the decode step
+        *(p for p in added if p.stage == "model"),  # the user's own
+        *((Incremental(rows, hidden, context),) if causal else ()),  # derive the decode step
         Canonicalize(),  # what became trivial
         JoinLinears(),  # q, k and v; gate and up
         Fuse(),  # one kernel per group
     )
+
+
+def program_passes(added: Sequence[Pass]) -> tuple[Pass, ...]:
+    """The passes that run on the module of all models with their decoding programs."""
+    return tuple(p for p in added if p.stage == "program")

@@ -67,8 +67,19 @@ def find_pass(name: str) -> type[Pass]:
 
 
 def _from_file(path: Path, class_name: str) -> Any:
+    module = load_file(path, f"the pass {class_name!r}")
+    if not hasattr(module, class_name):
+        own = [
+            n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == module.__name__
+        ]
+        raise PassError(f"The file {path} has no class {class_name!r}; its passes are: {', '.join(own) or 'none'}.")
+    return getattr(module, class_name)
+
+
+def load_file(path: Path, what: str) -> types.ModuleType:
+    """A user's Python file, run as a module; PassError when it is missing or fails. what: to be found in it, for the message."""
     if not path.is_file():
-        raise PassError(f"There is no file {path} to take the pass {class_name!r} from.")
+        raise PassError(f"There is no file {path} to take {what} from.")
     key = f"stemma_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(key, path)
     if spec is None or spec.loader is None:
@@ -80,10 +91,7 @@ def _from_file(path: Path, class_name: str) -> Any:
     except Exception as error:
         del sys.modules[key]
         raise PassError(f"The file {path} fails when it is loaded: {type(error).__name__}: {error}.") from error
-    if not hasattr(module, class_name):
-        own = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Pass) and v.__module__ == key]
-        raise PassError(f"The file {path} has no class {class_name!r}; its passes are: {', '.join(own) or 'none'}.")
-    return getattr(module, class_name)
+    return module
 
 
 def _checked(loaded: Any, where: str) -> type[Pass]:
@@ -107,7 +115,7 @@ def make_pass(specification: str) -> Pass:
     options: dict[str, Any] = {}
     valid = {f.name: f for f in fields(cls)}
     hints = typing.get_type_hints(cls)
-    for item in _split(rest[:-1]):
+    for item in split_options(rest[:-1]):
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in valid:
             known = ", ".join(f"{f.name}={_default(f)}" for f in valid.values())
@@ -122,17 +130,17 @@ def make_pass(specification: str) -> Pass:
     return cls(**options)
 
 
-def _split(text: str) -> list[str]:
-    """Comma-separated items; commas inside parentheses and quotes belong to their item."""
+def split_options(text: str) -> list[str]:
+    """Comma-separated items; commas inside parentheses, braces and quotes belong to their item."""
     items, depth, quote, current = [], 0, "", ""
     for c in text:
         if quote:
             quote = "" if c == quote else quote
         elif c in QUOTES:
             quote = c
-        elif c in "([":
+        elif c in "([{":
             depth += 1
-        elif c in ")]":
+        elif c in ")]}":
             depth -= 1
         elif c == "," and not depth:
             items.append(current)
@@ -162,7 +170,7 @@ def _value(owner: str, key: str, text: str, hint: Any) -> Any:
     elif hint is tuple or origin is tuple:
         inner = text[1:-1] if text[:1] in "([" and text[-1:] in ")]" else text
         item = choices[0] if choices else str
-        return tuple(_value(owner, key, part.strip(), item) for part in _split(inner))
+        return tuple(_value(owner, key, part.strip(), item) for part in split_options(inner))
     elif hint is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     elif hint is str:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stemma.ir import Array, BudgetError, Module, StemmaError
+from stemma.ir import BudgetError
 
 if TYPE_CHECKING:
-    from stemma.frontend.hf import Checkpoint
+    from stemma.ir.trace import Program
+    from stemma.passes.base import Pass
     from stemma.passes.manager import PassRecord
     from stemma.passes.measure import Loss
+    from stemma.sources import Source
 
 Progress = Callable[[str, int, int], None]
-CALIBRATION_MODULES = ("heapq", "textwrap", "csv", "shlex", "statistics")  # held out when the bundled models were trained
-DOCUMENT_TOKENS = 128  # calibration text is cut into documents of this length
+DEFAULT_PROGRAM = "generate"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ def compile(
     *,
     targets: Sequence[str] = ("cpu",),
     preset: str = "exact",
-    passes: Sequence[str] = (),
+    passes: Sequence[str | Pass] = (),
+    models: Mapping[str, str | Path | Source] | Sequence[str | Source] = (),
+    programs: Sequence[str | Program] | None = None,
     calibration: str | Path | None = None,
     calibration_tokens: int = 256,
     budget: Budget = Budget(),
@@ -87,101 +90,57 @@ def compile(
 ) -> Report:
     """Compile the checkpoint folder `source` into the artifact `output`.
 
-    passes: specifications of passes to add ("name{option=value}" or "file.py:Class{...}"), run on the plain model after raising.
-    calibration: a text file to measure losses on; by default the source of a few modules of Python's library. variants: CPU
-    instruction sets ("native": the best of this machine); default all. dump, start_after, verify_each: see `passes.manager`.
+    passes: specifications of passes to add ("name{option=value}" or "file.py:Class{...}"), run on the plain model after raising,
+    or at the end when they are of the stage "program". models: further checkpoints for the programs, {"draft": folder} or
+    "draft=folder,preset=exact"; they go through the same passes. programs: decoding programs, from the library by name or
+    "file.py:function"; by default `generate` for language models. calibration: a text file to measure losses on; by default the
+    source of a few modules of Python's library. variants: CPU instruction sets ("native": the best of this machine); default all.
+    dump, start_after, verify_each: see `passes.manager`; further models and the programs have folders of their own in `dump`.
     Raises StemmaError subclasses; `output` is then left as it was.
     """
+    from stemma.calibration import Calibration, read_text
     from stemma.codegen.artifact import check_output
     from stemma.codegen.build import build, target_backend
-    from stemma.frontend.hf import load_checkpoint, trace_checkpoint
-    from stemma.passes.base import PassContext
-    from stemma.passes.manager import run_pipeline
-    from stemma.passes.measure import Meter
-    from stemma.passes.pipelines import pipeline
+    from stemma.compilation import Compilation
+    from stemma.frontend.hf import load_checkpoint
+    from stemma.library import find_program
+    from stemma.passes.pipelines import pipeline, program_passes
     from stemma.passes.registry import make_pass
+    from stemma.sources import further_models, needs_of
 
     started = time.perf_counter()
     report = progress or (lambda stage, done, total: None)
     output = Path(output)
     check_output(output)
     target_backend(targets)  # what can be wrong with the options is said before any work
-    added = [make_pass(specification) for specification in passes]
-    pipeline(preset, added, causal=True, rows=rows)
-    text = _read(calibration) if calibration is not None else None
+    added = [make_pass(p) if isinstance(p, str) else p for p in passes]
+    others = further_models(models)
+    for name in (preset, *(s.preset or preset for s in others)):
+        pipeline(name, added, causal=True, rows=rows)
+    needs = needs_of(program_passes(added), [s.name for s in others])
+    wanted = [find_program(p) for p in programs or ()]
+    text = read_text(calibration) if calibration is not None else None
     report("reading the checkpoint", 0, 1)
     checkpoint = load_checkpoint(source)
-    report("tracing the model", 0, 1)
-    module, weights = trace_checkpoint(checkpoint)
-    steps = pipeline(preset, added, causal=module.properties["kind"] == "causal_lm", rows=rows)
-    notes = list(checkpoint.notes)
-    documents: tuple[Array, ...] = ()
-    if any(step.label == "lossy" for step in steps) and module.properties["kind"] == "causal_lm":
-        documents = calibration_documents(checkpoint, module, text, calibration_tokens, notes)
-    context = PassContext(weights=weights, calibration=documents)
-    meter = Meter(module, weights, documents) if any(step.label == "lossy" for step in steps) else None
-
-    def measure(step: Any, changed: Module) -> Mapping[str, Any]:
-        assert meter is not None
-        report(f"measuring {step.name}", 0, 1)
-        loss = meter(changed)
-        budget.check(loss, step.name)
-        return asdict(loss)
-
-    result = run_pipeline(
-        module, steps, context, dump=Path(dump) if dump else None, start_after=start_after, verify_each=verify_each,
-        measure=measure, progress=lambda step, number, count: report("rewriting", number, count),
+    if programs is None and checkpoint.kind == "causal_lm":
+        wanted = [find_program(DEFAULT_PROGRAM)]
+    work = Compilation(
+        checkpoint, [(s, load_checkpoint(s.folder)) for s in others], wanted, added, needs, preset, rows,
+        Calibration(text, calibration_tokens), verify_each, Path(dump) if dump else None, report,
     )  # fmt: skip
-    losses = [r.loss for r in result.records if r.loss]
+    module, weights = work.models(start_after, budget.check)
+    module = work.programs(module, weights)
     built = build(
-        result.module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
-        manifest_extra={
-            "passes": [r.as_json() for r in result.records],
-            "loss": losses[-1] if losses else None,
-            "preset": preset,
-            "source": {"folder": Path(source).resolve().name, "architecture": module.properties.get("architecture")},
-        },
-        progress=report,
+        module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
+        manifest_extra=work.manifest(module), progress=report,
     )  # fmt: skip
-    return Report(output, built.bytes, time.perf_counter() - started, result.records, losses[-1] if losses else None, tuple(notes))
-
-
-def calibration_documents(
-    checkpoint: Checkpoint, module: Module, text: str | None, tokens: int, notes: list[str]
-) -> tuple[Array, ...]:
-    """Token ids of calibration text (None: of Python's library) by DOCUMENT_TOKENS; StemmaError when too short."""
-    tokenizer = next((f for f in checkpoint.files if f.name == "tokenizer.json"), None)
-    if tokenizer is None:
-        notes.append("There is no tokenizer, so losses were measured on seeded random tokens.")
-        rng = np.random.default_rng(0)
-        ids = rng.integers(0, int(module.properties["vocab"]), tokens)
-    else:
-        from tokenizers import Tokenizer
-
-        text = library_text() if text is None else text
-        ids = np.array(Tokenizer.from_file(str(tokenizer)).encode(text).ids[:tokens], np.int64)
-        if len(ids) < 2:
-            raise StemmaError(f"The calibration text has {len(ids)} tokens; at least two are needed to measure a loss.")
-    return tuple(ids[i : i + DOCUMENT_TOKENS] for i in range(0, len(ids), DOCUMENT_TOKENS) if len(ids[i : i + DOCUMENT_TOKENS]) > 1)
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StemmaError(f"The calibration text {path} cannot be read: {error}.") from None
-
-
-def library_text() -> str:
-    """The source of a few modules of Python's standard library."""
-    import importlib
-    import inspect
-
-    return "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in CALIBRATION_MODULES)
+    seconds = time.perf_counter() - started
+    return Report(output, built.bytes, seconds, tuple(work.records), work.loss, tuple(work.notes))
 
 
 def explain_rule(name: str, model: str | Path, count: int = 5) -> list[dict[str, Any]]:
     """The best partial matches of a rule, or of each rule of a pass, in a checkpoint folder or a dumped module text."""
+    from stemma.calibration import read_text
     from stemma.frontend.hf import trace_checkpoint
     from stemma.ir import parse_module
     from stemma.passes.base import PassContext
@@ -193,7 +152,7 @@ def explain_rule(name: str, model: str | Path, count: int = 5) -> list[dict[str,
     rules = find_rules(name)
     path = Path(model)
     if path.is_file():
-        module = parse_module(_read(path))
+        module = parse_module(read_text(path, "module"))
     else:
         module, weights = trace_checkpoint(path)
         module = run_pipeline(module, RAISING, PassContext(weights=weights)).module

@@ -19,6 +19,17 @@ def compile_command(
     preset: Annotated[
         str, typer.Option(help="exact: the checkpoint's weights, f32 arithmetic. balanced: int8. small: int4.")
     ] = "exact",
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="A further model for the programs, repeatable: draft=FOLDER or draft=FOLDER,preset=exact."),
+    ] = None,
+    programs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--program",
+            help="A decoding program, repeatable: a name of `stemma programs` or ./file.py:function. Default: generate.",
+        ),
+    ] = None,
     passes: Annotated[
         list[str] | None,
         typer.Option("--pass", help='A pass to add, repeatable: "quantize{bits=4,group=64}" or "./my_pass.py:MyPass{alpha=0.5}".'),
@@ -42,8 +53,8 @@ def compile_command(
 
     with progress() as update:
         report = compile(
-            source, output, targets=target.split(","), preset=preset, passes=passes or (), calibration=calibration,
-            calibration_tokens=calibration_tokens, budget=Budget(max_kl, max_perplexity, min_top1), rows=rows,
+            source, output, targets=target.split(","), preset=preset, passes=passes or (), models=models or (), programs=programs,
+            calibration=calibration, calibration_tokens=calibration_tokens, budget=Budget(max_kl, max_perplexity, min_top1), rows=rows,
             variants=variants.split(",") if variants else None, verify_each=verify_each, dump=dump, start_after=start_after,
             progress=update,
         )  # fmt: skip

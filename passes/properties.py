@@ -43,3 +43,15 @@ def float_weights(module: Module) -> str | None:
 def has_step(module: Module) -> str | None:
     """There is a decode function called `step`."""
     return None if any(f.name == "step" for f in module) else "the module has no function `step`"
+
+
+@module_property
+def has_programs(module: Module) -> str | None:
+    """There are decoding programs."""
+    return None if module.properties.get("programs") else "the module has no decoding program"
+
+
+@module_property
+def speculated(module: Module) -> str | None:
+    """At least one decoding program drafts and verifies trees of tokens."""
+    return None if module.properties.get("speculation") else "no decoding program is speculated"

@@ -1,0 +1,8 @@
+"""Drafters by name: `make_drafters("recycling+draft_model{length=4}")`."""
+
+from __future__ import annotations
+
+from stemma.passes.drafters.base import DraftContext, Drafter, State, Table, last_followed
+from stemma.passes.drafters.registry import all_drafters, make_drafters
+
+__all__ = ["DraftContext", "Drafter", "State", "Table", "all_drafters", "last_followed", "make_drafters"]

@@ -1,0 +1,136 @@
+"""What a drafter is: a frozen dataclass that traces how a tree of guesses is made, in the language of decoding programs.
+
+    @dataclass(frozen=True)
+    class Repeat(Drafter):
+        '''Guess that the last token comes again.'''
+
+        name: ClassVar[str] = "repeat"
+
+        def draft(self, context, text, token, tree, state):
+            context.extend(tree, [0], token, [1.0])
+
+    stemma compile MODEL --speculate "./mine.py:Repeat"
+
+`text` has everything before `token`, which is the root of `tree` (node 0). What a drafter keeps between turns are `state` cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from stemma.ir import PassError, Type, WeightStore
+from stemma.ir import trace as p
+from stemma.ir.trace import Sequences, Tree, Value
+from stemma.ir.trace_scope import Cell
+from stemma.passes.base import ModelInfo, Needs
+
+
+class Table(Cell):
+    """An array that a drafter keeps: read and set `value`."""
+
+    hint = "table"
+
+    @property
+    def value(self) -> Value:
+        return Value(self.node)
+
+    @value.setter
+    def value(self, value: Value) -> None:
+        self.node = value.node
+
+
+State = Mapping[str, Any]
+"""What a drafter keeps, by name: `Table` for arrays, `Sequences` for sequences, `Cell` for other states."""
+
+
+@dataclass
+class DraftContext:
+    """What a drafter may know while it is traced.
+
+    size: nodes of a tree, root included. model, vocab, width: of the text's model. models: all, by name. settings: what the program
+    gives to `select` (temperature, seed, ...), by name; empty when they are not known before the step. source: the drafter's number.
+    verify: the verifier. weights: a drafter may add constant tables.
+    """
+
+    size: int
+    model: str
+    vocab: int
+    width: int
+    models: Mapping[str, ModelInfo]
+    verify: str = "identical"
+    weights: WeightStore = field(default_factory=WeightStore)
+    settings: Mapping[str, Value] = field(default_factory=dict)
+    source: int = 0
+
+    def extend(self, tree: Tree, parents: Any, tokens: Any, scores: Any) -> Value:
+        """Adds guesses of this drafter to a tree; the numbers of their nodes, i32[m] (-1: no room)."""
+        return tree.extend(parents, tokens, scores, source=self.source)
+
+    def sharpened(self, logits: Value, positions: Value) -> Value:
+        """Log-probabilities f32[n, vocab] that the program chooses each token, guessed from a drafter's logits.
+
+        At a temperature the noise that the program will add at those positions (i32[n]) is known, because it is counted: it is
+        added here too, so that both choose the same token when their distributions are close (a Gumbel coupling).
+        """
+        if not self.settings:
+            return p.log_softmax(logits)
+        temperature = self.settings["temperature"]
+        noise = p.cond(
+            temperature > 0.0,
+            lambda: logits / p.maximum(temperature, 1e-6) + p.noise(self.settings["seed"], self.settings["sequence"], positions, self.vocab),
+            lambda: logits * 1.0,
+        )  # fmt: skip
+        return p.log_softmax(noise)
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """Base of all drafters. kind: "point" when the guesses are no samples, "scores" when they are sampled without replacement."""
+
+    name: ClassVar[str]
+    kind: ClassVar[Literal["point", "scores"]] = "point"
+
+    def needs(self) -> Needs:
+        """Models and functions that must be compiled."""
+        return Needs()
+
+    def check(self, context: DraftContext) -> None:
+        """PassError when the drafter cannot work with these models."""
+
+    def persistent(self, context: DraftContext) -> Mapping[str, Type]:
+        """Types of what is kept from request to request; zeros or empty states at first."""
+        return {}
+
+    def begin(self, context: DraftContext) -> Mapping[str, Value | Cell]:
+        """What is kept from turn to turn of one request, as it begins."""
+        return {}
+
+    def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
+        """Extends the tree. text: what came before the token i32[1], which is the root."""
+        raise NotImplementedError
+
+    def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
+        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab] and hidden f32[size, width] of the tree's nodes."""
+
+    def model(self, context: DraftContext, name: str) -> ModelInfo:
+        """A model that is needed; PassError when it is not there."""
+        if name not in context.models:
+            there = ", ".join(context.models) or "none"
+            raise PassError(
+                f"The drafter {self.name!r} needs the model {name!r}; there are: {there}. Give one with --model {name}=CHECKPOINT."
+            )
+        return context.models[name]
+
+    def written(self) -> str:
+        """The drafter with its options, as they are given."""
+        options = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
+        return self.name + (f"{{{options}}}" if options else "")
+
+
+def last_followed(text: Sequences, size: int) -> Value:
+    """The number of the last node that was followed, i32()."""
+    path = text.path(size)
+    count = (path >= 0).int().sum()
+    return path[p.maximum(count - 1, 0)]

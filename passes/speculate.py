@@ -1,0 +1,402 @@
+"""The speculate pass: a decoding loop that checks a whole tree of drafted tokens with each call of the model.
+
+A loop whose body steps one sequence,
+
+    loop(S, token, ...):  S, logits = step(S, token);  <rest>;  return again, S, token', ...
+
+becomes
+
+    loop(S, token, ..., D, G):
+        limit = plan(G);  T = draft(S, token, limit, D);  T = prune(G, T)      # a tree rooted at the token; limit 1: the root alone
+        S, tree logits = expand(S, T)                                          # one call of the model for all nodes
+        loop:  S, logits = follow(S, token);  <rest>;  again = again and has_child(S, token')
+        D = observe(D, T, tree logits);  G = learn(G, S);  S = settle(S)
+        return again of the last <rest>, S, token', ..., D, G
+
+<rest> is the same nodes, so a program with penalties, filters, constraints or host functions speculates as it is, and decides the
+same (Leviathan et al. 2023 and Chen et al. 2023 introduced speculative decoding; Miao et al. 2024, SpecInfer, token trees). `verify`
+replaces only the choice of the token. D is what the drafters keep, G the measured costs and gains (`governor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from stemma.ir import OPS, Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, dtype, ops, size, stamp, walk
+from stemma.ir import trace as p
+from stemma.ir.ops.choose import SETTINGS
+from stemma.ir.trace import Sequences, Tree, Value
+from stemma.ir.trace_scope import Cell, Scope, build, tracing
+from stemma.passes.base import Label, Needs, Pass, PassContext, Stage
+from stemma.passes.drafters import DraftContext, Drafter, Table, make_drafters
+from stemma.passes.loops import Match, Unfit, match_loop, steps_models
+
+GOVERNOR = "governor"
+PLAIN = "_plain"
+
+
+@dataclass(frozen=True)
+class Speculate(Pass):
+    """Rewrite decoding programs so that each call of the model checks a tree of drafted tokens.
+
+    draft: drafters by name, joined with "+", each with options: "recycling", "lookahead+draft_model{length=4}", "./mine.py:Mine".
+    budget: nodes of a tree, its root included. verify: "identical" (same bytes as plain decoding), "recursive" (rejection sampling,
+    same distribution), "typical" (Medusa's, lossy). shape: "measured" leaves out nodes that cost more than they bring, by what was
+    measured while decoding; "fixed" runs all that were drafted. memory: megabytes that speculation may need; lowers the budget.
+    epsilon, delta: of typical acceptance.
+    """
+
+    draft: str = "recycling"
+    budget: int = 64
+    verify: Literal["identical", "recursive", "typical"] = "identical"
+    shape: Literal["measured", "fixed"] = "measured"
+    memory: float | None = None
+    epsilon: float = 0.09
+    delta: float = 0.3
+    name: ClassVar[str] = "speculate"
+    label: ClassVar[Label] = "identical"
+    requires: ClassVar[frozenset[str]] = frozenset({"has_programs"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"has_programs", "speculated"})
+    stage: ClassVar[Stage] = "program"
+
+    def __post_init__(self) -> None:
+        labels: dict[str, Label] = {"recursive": "distribution", "typical": "lossy"}
+        object.__setattr__(self, "label", labels.get(self.verify, "identical"))
+
+    def needs(self) -> Needs:
+        """What the drafters need compiled."""
+        return sum_needs([d.needs() for d in make_drafters(self.draft)])
+
+    def run(self, module: Module, context: PassContext) -> Module:
+        """Every program that matches, speculated, beside its plain form NAME_plain; PassError with the reasons when none matches."""
+        drafters = make_drafters(self.draft)
+        names = [n for n in module.properties["programs"] if not n.endswith(PLAIN)]
+        done, reasons, reports = [], [], []
+        for name in names:
+            program = _Program(module, context, self, drafters, module[name])
+            try:
+                done.append((module[name], program.build()))
+                reports.append((name, tuple(program.report().items())))
+            except Unfit as error:
+                reasons.append(f"{name}: {error}")
+        if not done:
+            raise PassError("speculate: no program can be speculated. " + " ".join(r + "." for r in reasons))
+        return _with_programs(module, done).replace(speculation=tuple(reports), not_speculated=tuple(reasons))
+
+
+def sum_needs(each: list[Needs]) -> Needs:
+    """What all of them need, each thing once."""
+
+    def joined(field_name: str) -> Any:
+        return tuple(dict.fromkeys(x for n in each for x in getattr(n, field_name)))
+
+    return Needs(joined("models"), joined("early"), joined("heads"), any(n.hidden for n in each))
+
+
+def _with_programs(module: Module, done: list[tuple[Function, Function]]) -> Module:
+    plain = [Function(p.name + PLAIN, p.params, zip(p.result_names, p.results, strict=True)) for p, _ in done]
+    names = {p.name for p, _ in done}
+    order = tuple(n for old in module.properties["programs"] for n in ((old, old + PLAIN) if old in names else (old,)))
+    defaults = dict(module.properties.get("program_defaults", ()))
+    defaults |= {n + PLAIN: defaults[n] for n in names if n in defaults}
+    pairs = dict(module.properties.get("program_plain", ())) | {n: n + PLAIN for n in names}
+    return module.replace(
+        *(new for _, new in done), *plain,
+        programs=order, program_defaults=tuple(defaults.items()), program_plain=tuple(pairs.items()),
+    )  # fmt: skip
+
+
+# ---- one program ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Program:
+    """One program that is being rewritten: its loops, what the drafters keep, and the memory they need."""
+
+    module: Module
+    outside: PassContext
+    options: Speculate
+    drafters: tuple[Drafter, ...]
+    function: Function
+    reasons: list[str] = field(default_factory=list)
+    kept: dict[str, Type] = field(default_factory=dict)  # persistent values
+    context: DraftContext = field(init=False)
+
+    def build(self) -> Function:
+        """The speculated function; Unfit when none of its loops matches."""
+        loops = dict(self._matches(self.function))
+        if not loops:
+            raise Unfit("; ".join(self.reasons) or "it has no loop that steps a model")
+        models = {match.sequences.args for match in loops.values()}
+        if len(models) > 1:
+            raise Unfit("its loops step different models")
+        self.context = self._draft_context(next(iter(loops.values())))
+        for drafter in self.drafters:
+            for name, type in drafter.persistent(self.context).items():
+                self.kept[name] = type
+        if self.options.shape == "measured":
+            self.kept[GOVERNOR] = State("governor", (self.size, max(len(self.drafters), 1)))
+        taken = {p.attrs["name"] for p in self.function.params}
+        if clash := taken & set(self.kept):
+            raise Unfit(f"its parameter {min(clash)!r} has the name of something that a drafter keeps; rename it")
+        params = {name: ops.param(name=name, type=type) for name, type in self.kept.items()}
+        results, state = self._region(self.function, loops, dict(params))
+        pairs = [*zip(self.function.result_names, results, strict=True), *state.items()]
+        return Function(self.function.name, (*self.function.params, *params.values()), pairs)
+
+    @property
+    def size(self) -> int:
+        """Nodes of a tree."""
+        return self.context.size
+
+    def _matches(self, function: Function) -> Iterator[tuple[Node, Match]]:
+        """The loops of a function and its regions that can be speculated; why others cannot goes to `reasons`."""
+        for node in function.nodes:
+            regions = [v for v in node.attrs.values() if isinstance(v, Function)]
+            if node.op.name == "loop" and steps_models(node.attrs["body"]):
+                try:
+                    yield node, match_loop(node, self.options.verify != "identical")
+                    continue
+                except Unfit as error:
+                    self.reasons.append(str(error))
+            for region in regions:
+                yield from self._matches(region)
+
+    def _region(
+        self, function: Function, loops: Mapping[Node, Match], state: dict[str, Node]
+    ) -> tuple[list[Node], dict[str, Node]]:
+        """The results of a function or region with its loops rewritten, and what the drafters keep afterwards."""
+        new: dict[Node, Node] = {}
+
+        def contains(node: Node) -> bool:
+            return any(n in loops for v in node.attrs.values() if isinstance(v, Function) for n in walk(v))
+
+        for node in function.nodes:
+            inputs = [new[i] for i in node.inputs]
+            if node in loops:
+                with stamp(line=node.origin.line, by=Speculate.name):
+                    new[node], state = _Loop(self, loops[node], inputs, state).build()
+            elif contains(node):
+                new[node], state = self._enclosing(node, inputs, loops, state)
+            else:
+                new[node] = node.rebuild(*inputs)
+        return [new[r] for r in function.results], state
+
+    def _enclosing(
+        self, node: Node, inputs: list[Node], loops: Mapping[Node, Match], state: dict[str, Node]
+    ) -> tuple[Node, dict[str, Node]]:
+        """A loop or branch around a rewritten loop, which hands on what the drafters keep."""
+        regions = {}
+        for key, value in node.attrs.items():
+            if isinstance(value, Function):
+                params = {name: ops.param(name=name, type=n.type) for name, n in state.items()}
+                results, after = self._region(value, loops, dict(params))
+                pairs = [*zip(value.result_names, results, strict=True), *after.items()]
+                regions[key] = Function("", (*value.params, *params.values()), pairs)
+        rebuilt = node.op(*inputs, *state.values(), **{**node.attrs, **regions})
+        count = len(node.type.items) if isinstance(node.type, Tuple) else 1
+        after = {name: ops.get(rebuilt, index=count + i) for i, name in enumerate(state)}
+        return (rebuilt if isinstance(node.type, Tuple) else ops.get(rebuilt, index=0)), after
+
+    # sizes and memory
+
+    def _draft_context(self, match: Match) -> DraftContext:
+        model, _, vocab, width = match.sequences.args
+        context = DraftContext(
+            size=self.options.budget, model=str(model), vocab=int(vocab), width=int(width), models=self.outside.models,
+            verify=self.options.verify, weights=self.outside.weights,
+        )  # fmt: skip
+        for drafter in self.drafters:
+            drafter.check(context)
+        return replace(context, size=self._budget(context))
+
+    def _budget(self, context: DraftContext) -> int:
+        """The budget that fits the memory; PassError below one drafted node."""
+        if self.options.budget < 2:
+            raise PassError(
+                f"speculate: a budget of {self.options.budget} is below one drafted node; it counts the root, so give 2 or more."
+            )
+        if self.options.memory is None:
+            return self.options.budget
+        for nodes in range(self.options.budget, 1, -1):
+            if sum(self._bytes(replace(context, size=nodes)).values()) <= self.options.memory * 1e6:
+                return nodes
+        least = sum(self._bytes(replace(context, size=2)).values()) / 1e6
+        raise PassError(f"speculate: {self.options.memory:g} MB are too few for one drafted node, which needs {least:.3f} MB.")
+
+    def _bytes(self, context: DraftContext) -> dict[str, int]:
+        """What speculation adds to a request's memory, in bytes, by purpose."""
+        nodes = context.size
+        found = {
+            "cache": nodes * slot_bytes(self.module, context.model),
+            "logits": nodes * 4 * (context.vocab + context.width),
+        }
+        for drafter in self.drafters:
+            for name, type in drafter.persistent(context).items():
+                found[name] = type_bytes(type)
+            for model in drafter.needs().models:
+                found[f"cache of {model}"] = nodes * slot_bytes(self.module, model)
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """What `inspect` shows: drafters, nodes, verifier, and bytes by purpose."""
+        options = self.options
+        return {
+            "draft": options.draft, "nodes": self.size, "verify": options.verify, "shape": options.shape, "label": options.label,
+            "bytes": tuple(self._bytes(self.context).items()),
+        }  # fmt: skip
+
+
+def slot_bytes(module: Module, model: str) -> int:
+    """Bytes of one position in the caches of a model; 0 when the module does not have its step."""
+    name = "step" if model == "model" else f"{model}_step"
+    if name not in [f.name for f in module]:
+        return 0
+    total = 0
+    for p in module[name].params:
+        if any(isinstance(s, Size) and str(s) == "slots" for s in p.shape):
+            total += size.evaluate(p.tensor.bytes, {"slots": 1})
+    return total
+
+
+def type_bytes(type: Type) -> int:
+    """Bytes of a value that a drafter keeps: of a tensor its elements, of a state its capacity."""
+    if isinstance(type, Tensor):
+        return int(size.bounds(type.elements)[1]) * dtype(type.dtype).bits // 8
+    if isinstance(type, State):
+        return STATE_BYTES.get(type.kind, lambda args: 0)(type.args)
+    return 0
+
+
+STATE_BYTES: dict[str, Any] = {
+    "trie": lambda args: 16 * args[0],  # token, parent, next, count
+    "ngrams": lambda args: 0,
+    "governor": lambda args: 4 * args[0] * args[1],
+}
+"""Bytes of states from the arguments of their types."""
+
+
+# ---- one loop ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Loop:
+    """One loop on its way. inputs: the values it starts with; state: what the drafters keep from request to request."""
+
+    program: _Program
+    match: Match
+    inputs: list[Node]
+    state: dict[str, Node]
+
+    def build(self) -> tuple[Node, dict[str, Node]]:
+        """The rewritten loop, whose first results are those of the plain one, and what the drafters keep afterwards."""
+        match, program = self.match, self.program
+        with tracing(Scope(None, "a drafter's beginning")):
+            begin = {n: v.node for d in program.drafters for n, v in d.begin(program.context).items()}
+        start = {**self.state, **begin}
+        scope = Scope(None, "a turn")
+        scope.names |= {q.attrs["name"] for q in match.body.params}
+        with tracing(scope):
+            params = {name: scope.param(name, node.type) for name, node in start.items()}
+            cells = {name: _cell(node) for name, node in params.items()}
+            results = self._turn(cells)
+            after = {name: cell.node for name, cell in cells.items()}
+        taken = set(match.body.result_names)
+        pairs = [*zip(match.body.result_names, results, strict=True), *((unique(n, taken), node) for n, node in after.items())]
+        loop = ops.loop(*self.inputs, *start.values(), body=Function("", (*match.body.params, *params.values()), pairs))
+        first = len(match.body.params)
+        return loop, {name: ops.get(loop, index=first + i) for i, name in enumerate(start) if name in self.state}
+
+    def _turn(self, cells: dict[str, Cell]) -> list[Node]:
+        """The results of one turn: whether to go on, then the carried values of the plain loop. Changes the cells."""
+        match, program = self.match, self.program
+        size = program.size
+        text, token = Sequences(match.body.params[match.position]), Value(match.token, "token")
+        contexts = [replace(program.context, settings=self._settings(), source=i) for i in range(len(program.drafters))]
+
+        def drafted(limit: Value) -> Tree:
+            trees = [p.tree(token, limit, size) for _ in contexts]
+            for drafter, context, tree in zip(program.drafters, contexts, trees, strict=True):
+                drafter.draft(context, text.copy(), token, tree, cells)
+            if len(trees) == 1:
+                return trees[0]
+            joined = p.tree(token, limit * len(trees), size * len(trees))
+            for tree in trees:
+                joined.merge(tree)
+            return joined
+
+        if GOVERNOR in cells:
+            limit = Value(build("plan", cells[GOVERNOR].node, size=size))
+            tree = p.cond(limit > 1, lambda: drafted(limit), lambda: p.tree(token, 1, size * len(contexts)))
+            tree.node = build("prune", cells[GOVERNOR].node, tree.node)
+        else:
+            tree = drafted(p.as_value(1 + (size - 1) // len(contexts)))
+        logits = text.expand(tree, size)
+        hidden = text.hidden
+        again, *carried = self._follow(text)
+        text.node = carried[match.position]
+        for drafter, context in zip(program.drafters, contexts, strict=True):
+            drafter.observe(context, text.copy(), tree, logits, hidden, cells)
+        if GOVERNOR in cells:
+            cells[GOVERNOR].node = build("learn", cells[GOVERNOR].node, text.node)
+        text.settle()
+        carried[match.position] = text.node
+        return [again, *carried]
+
+    def _follow(self, text: Sequences) -> list[Node]:
+        """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results, settled or not."""
+        match = self.match
+        body = match.body
+        followed = ops.follow(body.params[match.position], match.token)
+        verify = self.program.options.verify != "identical"
+
+        def replaced(node: Node, inputs: tuple[Node, ...]) -> Node:
+            if node is match.step:
+                return followed
+            return self._chosen(inputs) if node is match.select and verify else node.rebuild(*inputs)
+
+        turn = body.rewrite(replaced)
+        again, *after = turn.results
+        next_token = Function("", body.params, {"token": match.token}).inline(*after)[0]
+        on = ops.logical_and(again, ops.has_child(after[match.position], next_token))
+        last = ops.param(name=unique("again", {q.attrs["name"] for q in body.params}), type=again.type)
+        names = set(body.result_names)
+        pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), (body.result_names[0], again)]
+        init = [text.node if i == match.position else q for i, q in enumerate(body.params)]
+        loop = ops.loop(*init, ops.constant(value=True, dtype="bool"), body=Function("", (*body.params, last), pairs))
+        count = len(body.params)
+        return [ops.get(loop, index=count), *(ops.get(loop, index=i) for i in range(count))]
+
+    def _chosen(self, inputs: tuple[Node, ...]) -> Node:
+        """The choice of the next token by another verifier than identical, from the inputs of the plain `select`."""
+        options = self.program.options
+        if options.verify == "typical":
+            thresholds = [ops.constant(value=v, dtype="f32") for v in (options.epsilon, options.delta)]
+            return OPS["select_typical"](*inputs, *thresholds)
+        return OPS["select_recursive"](*inputs, rule="point")
+
+    def _settings(self) -> dict[str, Value]:
+        """What the program gives to `select`, when all of it is known before the step."""
+        select = self.match.select
+        if select is None or not all(self.match.known_before(n) for n in select.inputs[2:]):
+            return {}
+        return {name: Value(node) for name, node in zip(SETTINGS, select.inputs[2:], strict=True)}
+
+
+def _cell(node: Node) -> Cell:
+    """A name for a value that drafters change."""
+    if isinstance(node.type, State):
+        return Sequences(node) if node.type.kind == "sequences" else Cell(node)
+    return Table(node)
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """The name, or the name with a number that is not taken; it is then."""
+    found, count = name, 1
+    while found in taken:
+        count += 1
+        found = f"{name}_{count}"
+    taken.add(found)
+    return found

@@ -63,9 +63,9 @@ from stemma.ir.trace_values import (
 from stemma.ir.types import State, Tensor, Tuple, Type
 
 __all__ = [
-    "Array", "Cell", "Fixed", "Kept", "Long", "Model", "ModelSpec", "Number", "Program", "Sequences", "StopTokens", "Tokens", "TraceError",
-    "TracedProgram", "Tree", "Value", "arange", "array", "as_value", "call", "concat", "cond", "emit", "emitted", "entropy", "exp",
-    "finish", "floor", "full", "host", "log", "log_softmax", "loop", "maximum", "minimum", "noise", "program", "select", "sigmoid",
+    "Array", "Cell", "Fixed", "Kept", "Long", "Model", "ModelSpec", "Number", "Program", "Sequences", "StopTokens", "Tokens",
+    "TraceError", "TracedProgram", "Tree", "Value", "arange", "array", "as_value", "call", "concat", "cond", "emit", "emitted",
+    "entropy", "exp", "finish", "floor", "full", "host", "log", "log_softmax", "loop", "maximum", "minimum", "noise", "program", "select", "sigmoid",
     "softmax", "sqrt", "stack", "take_along", "top_k", "trace", "tree", "where",
 ]  # fmt: skip
 
@@ -199,44 +199,38 @@ def cond(test: Any, then: Callable[..., Any], otherwise: Callable[..., Any], *va
     predicate = _bool(test, "the test of p.cond")
     given = [_pack(x) for x in values]
     nodes = [x.node for x in given]
-    sides: list[tuple[Scope, list[Node], list[Value | Cell]]] = []
+    sides: list[tuple[Scope, list[Node], list[Value | Cell], list[Node]]] = []
     for branch in (then, otherwise):
         inner = Scope(outer, "a branch")
         with tracing(inner):
             names = _argument_names(branch, len(given))
             params = [inner.param(name, n.type) for name, n in zip(names, nodes, strict=True)]
             result = _listed(branch(*(_wrap(x, n, name) for x, n, name in zip(given, params, names, strict=True))))
-            likes = [x.type for x in sides[0][2] if isinstance(x, Value)] if sides else []
-            like = dict(enumerate(likes)) if sides and len(likes) == len(sides[0][2]) else {}
-            sides.append((inner, params, [_pack(x, like.get(i)) for i, x in enumerate(result)]))
-    return _join(predicate, nodes, sides)
-
-
-def _join(predicate: Node, nodes: list[Node], sides: list[tuple[Scope, list[Node], list[Value | Cell]]]) -> Any:
-    """The cond of two traced branches: both take what either takes, and give back every state that either changes."""
-    (a, _, left), (b, _, right) = sides
+            like = dict(enumerate(n.type for n in sides[0][3])) if sides else {}
+            packed = [_pack(x, like.get(i)) for i, x in enumerate(result)]
+            sides.append((inner, params, packed, [x.node for x in packed]))
+    (a, _, left, _), (b, _, right, _) = sides
     if len(left) != len(right):
         fail(f"the branches of p.cond return {len(left)} and {len(right)} things.")
-    taken = list(dict.fromkeys([*a.taken, *b.taken]))
+    taken = list(dict.fromkeys([*a.taken, *b.taken]))  # both branches take what either takes, and give back what either changes
     changed = [c for c in dict.fromkeys([*a.changed, *b.changed]) if c in taken]
     regions = []
-    for inner, params, result in sides:
+    for inner, params, _, results in sides:
         with tracing(inner):
             for thing in taken:
                 if isinstance(thing, Cell):
                     inner.read(thing)
                 elif thing not in inner.taken:
                     inner.taken[thing] = inner.param("c", thing[1].type)
-            results = [*(x.node for x in result), *(inner.cells[c] for c in changed)]
-        pairs = [(f"r{i}", r) for i, r in enumerate(results)]
+        pairs = [(f"r{i}", r) for i, r in enumerate([*results, *(inner.cells[c] for c in changed)])]
         regions.append(Function("", [*params, *(inner.taken[thing] for thing in taken)], pairs))
     for number, (x, y) in enumerate(zip(regions[0].results, regions[1].results, strict=True)):
         if x.type != y.type:
             fail(f"result {number} of p.cond: {_differs(x.type, y.type, 'that of the first branch', 'that of the other')}")
     if not regions[0].results:
         fail("the branches of p.cond return nothing and change nothing.")
-    done = build("cond", predicate, *nodes, *(a.outer(t) if t in a.taken else b.outer(t) for t in taken),
-                 then=regions[0], otherwise=regions[1])  # fmt: skip
+    captured = (a.outer(t) for t in taken)
+    done = build("cond", predicate, *nodes, *captured, then=regions[0], otherwise=regions[1])
     gets = [build("get", done, index=i) for i in range(len(regions[0].results))] if isinstance(done.type, Tuple) else [done]
     for cell, node in zip(changed, gets[len(left) :], strict=True):
         cell.node = node

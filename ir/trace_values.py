@@ -245,7 +245,7 @@ class Value:
     def cumsum(self, axis: Any = -1) -> Value:
         return Value(build("cumsum", self.node, axis=axis % max(self.rank, 1)))
 
-    def put(self, index: Value | Number, value: Value | Number, axis: Any = 0) -> Value:
+    def put(self, index: Any, value: Any, axis: Any = 0) -> Value:
         """A copy in which the slice at `index` (a scalar, or a row of them) along `axis` is `value`, which is broadcast."""
         axis %= max(self.rank, 1)
         at = as_value(index, "i32")
@@ -299,7 +299,7 @@ def kind_of(number: Any) -> str:
 
 
 def as_value(x: Any, dtype: str | None = None) -> Value:
-    """A value: itself, or a constant for a number, a size or a list. TraceError for another thing or a number that cannot be."""
+    """A value: itself, or a constant for a number, a size or a list. TraceError for other things."""
     if isinstance(x, Value):
         return x
     if isinstance(x, sizes.Size):

@@ -125,13 +125,13 @@ def members(kernels: bytes, text: bool = True, weights: bytes | None = None) -> 
 
 
 def write(path: Path, *defines: str, text: bool = True, weight: int = WEIGHT, **changes: Any) -> Path:
-    """A fake artifact with these macros and these changes to its manifest; with a negative weight, no token can be sampled."""
+    """A fake artifact with these macros and these changes to its manifest; with a negative weight, its logits are no numbers."""
     weights = np.array([weight, VOCAB], np.int32).tobytes()
     made = manifest(**changes)
     found = members(library(*defines), text, weights)
     if made["programs"]:
         served = Served("model", VOCAB, 0, tuple(made["eos"]), CONTEXT)
-        found.insert(0, ("programs.bin", lower_programs([generate(made["eos"])], [served], made["functions"])))
+        found.insert(0, ("programs.bin", lower_programs([generate(made["eos"])], [served], manifest()["functions"])))
     write_artifact(path, made, found)
     return path
 

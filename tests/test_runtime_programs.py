@@ -182,21 +182,20 @@ def test_a_long_program_lets_other_threads_have_their_turn(model: Model) -> None
     class Done(Exception):
         pass
 
-    running, done = threading.Event(), threading.Event()
+    running, done, ended = threading.Event(), threading.Event(), threading.Event()
 
     def judge(token: Any, length: Any) -> Any:
         running.set()
         if done.is_set():
             raise Done
-        return token
+        return token if length[0] < 50 else token * 0 - 1
 
     def work() -> None:
-        with pytest.raises(Done):
+        try:
             while True:
-                model.run(judged, [3], host={"judge": judge}) if length_left() else None
-
-    def length_left() -> bool:
-        return True
+                model.run(judged, [3], host={"judge": judge})
+        except Done:
+            ended.set()
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -207,6 +206,7 @@ def test_a_long_program_lets_other_threads_have_their_turn(model: Model) -> None
     finally:
         done.set()
         thread.join()
+    assert ended.is_set()
 
 
 def test_wrong_options_and_programs(model: Model) -> None:

@@ -9,9 +9,9 @@ from stemma.ir import Function, Node, State, walk
 STEPS = frozenset({"step", "feed", "step_mixed"})
 CHANGES = frozenset({"start", "fork", "feed", "step_mixed", "sync", "expand", "follow", "settle"})
 DOES = {
-    "start": "starts a sequence", "fork": "forks sequences", "feed": "feeds several tokens at once", "sync": "follows another model",
-    "step_mixed": "steps mixed tokens", "expand": "runs a token tree of its own", "follow": "follows a token tree of its own",
-    "settle": "follows a token tree of its own",
+    "start": "starts a sequence", "fork": "forks sequences", "feed": "feeds several tokens at once",
+    "sync": "follows another model", "step_mixed": "steps mixed tokens", "expand": "runs a token tree of its own",
+    "follow": "follows a token tree of its own", "settle": "follows a token tree of its own",
 }  # fmt: skip
 
 

@@ -14,8 +14,8 @@ becomes
         return again of the last <rest>, S, token', ..., D, G
 
 <rest> is the same nodes, so a program with penalties, filters, constraints or host functions speculates as it is, and decides the
-same (Leviathan et al. 2023 and Chen et al. 2023 introduced speculative decoding; Miao et al. 2024, SpecInfer, token trees). `verify`
-replaces only the choice of the token. D is what the drafters keep, G the measured costs and gains (`governor`).
+same (speculative decoding: Leviathan et al. 2023, Chen et al. 2023; token trees: Miao et al. 2024, SpecInfer). `verify` replaces
+only the choice of the token. D is what the drafters keep, G the measured costs and gains (`governor`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Speculate(Pass):
         return sum_needs([d.needs() for d in make_drafters(self.draft)])
 
     def run(self, module: Module, context: PassContext) -> Module:
-        """Every program that matches, speculated, beside its plain form NAME_plain; PassError with the reasons when none matches."""
+        """Every program that matches, speculated, beside its plain form NAME_plain; PassError with reasons when none matches."""
         drafters = make_drafters(self.draft)
         names = [n for n in module.properties["programs"] if not n.endswith(PLAIN)]
         done, reasons, reports = [], [], []
@@ -255,9 +255,9 @@ def slot_bytes(module: Module, model: str) -> int:
     if name not in [f.name for f in module]:
         return 0
     total = 0
-    for p in module[name].params:
-        if any(isinstance(s, Size) and str(s) == "slots" for s in p.shape):
-            total += size.evaluate(p.tensor.bytes, {"slots": 1})
+    for cache in module[name].params:
+        if any(isinstance(s, Size) and str(s) == "slots" for s in cache.shape):
+            total += size.evaluate(cache.tensor.bytes, {"slots": 1})
     return total
 
 
@@ -265,17 +265,7 @@ def type_bytes(type: Type) -> int:
     """Bytes of a value that a drafter keeps: of a tensor its elements, of a state its capacity."""
     if isinstance(type, Tensor):
         return int(size.bounds(type.elements)[1]) * dtype(type.dtype).bits // 8
-    if isinstance(type, State):
-        return STATE_BYTES.get(type.kind, lambda args: 0)(type.args)
     return 0
-
-
-STATE_BYTES: dict[str, Any] = {
-    "trie": lambda args: 16 * args[0],  # token, parent, next, count
-    "ngrams": lambda args: 0,
-    "governor": lambda args: 4 * args[0] * args[1],
-}
-"""Bytes of states from the arguments of their types."""
 
 
 # ---- one loop ---------------------------------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ State = Mapping[str, Any]
 class DraftContext:
     """What a drafter may know while it is traced.
 
-    size: nodes of a tree, root included. model, vocab, width: of the text's model. models: all, by name. settings: what the program
-    gives to `select` (temperature, seed, ...), by name; empty when they are not known before the step. source: the drafter's number.
-    verify: the verifier. weights: a drafter may add constant tables.
+    size: nodes of a tree, root included. model, vocab, width: of the text's model. models: all, by name. settings: what the
+    program gives to `select` (temperature, seed, ...), by name; empty when they are not known before the step. source: its
+    number. verify: the verifier. weights: a drafter may add constant tables.
     """
 
     size: int
@@ -76,13 +76,13 @@ class DraftContext:
         """
         if not self.settings:
             return p.log_softmax(logits)
-        temperature = self.settings["temperature"]
-        noise = p.cond(
+        temperature, seed, sequence = (self.settings[name] for name in ("temperature", "seed", "sequence"))
+        found: Value = p.cond(
             temperature > 0.0,
-            lambda: logits / p.maximum(temperature, 1e-6) + p.noise(self.settings["seed"], self.settings["sequence"], positions, self.vocab),
-            lambda: logits * 1.0,
-        )  # fmt: skip
-        return p.log_softmax(noise)
+            lambda: p.log_softmax(logits / temperature + p.noise(seed, sequence, positions, self.vocab)),
+            lambda: p.log_softmax(logits),
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Drafter:
         raise NotImplementedError
 
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
-        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab] and hidden f32[size, width] of the tree's nodes."""
+        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab] and hidden f32[size, width]: of the nodes."""
 
     def model(self, context: DraftContext, name: str) -> ModelInfo:
         """A model that is needed; PassError when it is not there."""

@@ -37,7 +37,7 @@ class Recycling(Drafter):
     """Token Recycling (Luo et al. 2024, arXiv:2408.08696).
 
     A table i32[vocab + 1, k] has the k likeliest tokens after each token, as they were computed last, plus one (0: never seen; the
-    last row is for nodes that do not exist). It outlives requests. Nodes of the template beyond the budget are left out, last first.
+    last row is for nodes that do not exist). It outlives requests. Nodes of the template beyond the budget are left out.
     """
 
     k: int = 8

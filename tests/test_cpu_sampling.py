@@ -34,7 +34,7 @@ def libraries() -> dict[str, Library]:
 class Sampling(ctypes.Structure):
     _fields_ = [
         ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("min_p", ctypes.c_float),
-        ("repetition_penalty", ctypes.c_float), ("top_k", ctypes.c_int32), ("seed", ctypes.c_uint64),
+        ("repetition_penalty", ctypes.c_float), ("presence_penalty", ctypes.c_float), ("top_k", ctypes.c_int32), ("seed", ctypes.c_uint64),
         ("sequence", ctypes.c_uint64), ("position", ctypes.c_uint64),
     ]  # fmt: skip
 
@@ -67,6 +67,9 @@ def scores(logits: Any, p: Sampling, history: Any) -> Any:
         penalty = np.float32(p.repetition_penalty)
         for t in set(history.tolist()):
             x[t] = logits[t] / penalty if logits[t] > 0 else logits[t] * penalty
+    if p.presence_penalty:
+        for t in set(history.tolist()):
+            x[t] -= np.float32(p.presence_penalty)
     if p.temperature == 0:
         return x.astype(np.float64)
     x = (x / np.float32(p.temperature)).astype(np.float64)
@@ -105,7 +108,8 @@ FILTERS: tuple[dict[str, Any], ...] = (
     {}, {"temperature": 0.7}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.1}, {"min_p": 0.05}, 
     {"top_k": 5000, "top_p": 0.95},
     {"top_k": 50, "top_p": 0.8, "min_p": 0.02, "temperature": 1.3, "repetition_penalty": 1.2}, {"temperature": 0.0},
-    {"temperature": 0.0, "repetition_penalty": 1.5}, {"top_p": 0.9999, "temperature": 5.0},
+    {"temperature": 0.0, "repetition_penalty": 1.5}, {"presence_penalty": 0.7},
+    {"presence_penalty": 0.7, "repetition_penalty": 1.3, "temperature": 0.8}, {"top_p": 0.9999, "temperature": 5.0},
 )  # fmt: skip
 
 

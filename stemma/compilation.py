@@ -12,10 +12,12 @@ from stemma.codegen.program import attach, program_table, programs_of
 from stemma.ir import MAIN, Array, Module, StemmaError, WeightStore, merge_models
 from stemma.library import listed, models_used, reads_hidden, summary
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext
+from stemma.passes.early_exit import EarlyExit
+from stemma.passes.heads import Heads
 from stemma.passes.manager import PassRecord, run_pipeline
 from stemma.passes.measure import Loss, Meter
 from stemma.passes.pipelines import pipeline, program_passes
-from stemma.sources import Source, describe, related
+from stemma.sources import Source, describe, head_weights, making, related
 
 if TYPE_CHECKING:
     from stemma.frontend.hf import Checkpoint
@@ -65,6 +67,10 @@ class Compilation:
             self.infos[source.name], entry = related(source.name, checkpoint, other, drafts=drafts, notes=self.notes)
             self.infos[source.name] = replace(self.infos[source.name], width=0)
             self.entries[source.name] = entry
+        early = [*self.needs.early, *((p.model, p.layers) for p in self.added if isinstance(p, EarlyExit))]
+        self.infos |= {name: replace(self.infos[MAIN], width=0) for name, _ in early}
+        for kind, folder in self.needs.heads:
+            head_weights(kind, folder, checkpoint.folder)
         if not self.needs.hidden:
             hidden = reads_hidden(listed(self.chosen, self.infos))
             self.needs = replace(self.needs, hidden=hidden)
@@ -94,8 +100,8 @@ class Compilation:
     def _main(self, start_after: str | None, check: Check) -> tuple[Module, WeightStore]:
         self.report("tracing the model", 0, 1)
         module, records, weights = self._compiled(
-            self.checkpoint, self.preset, self.added, self.dump, self.needs.hidden, start_after, check
-        )  # fmt: skip
+            self.checkpoint, self.preset, (*self.added, *making(self.needs)), self.dump, self.needs.hidden, start_after, check
+        )
         self.records += records
         return module, weights
 
@@ -117,8 +123,13 @@ class Compilation:
     ) -> tuple[Module, tuple[PassRecord, ...], WeightStore]:  # fmt: skip
         """One model through its pipeline."""
         from stemma.frontend.hf import trace_checkpoint
+        from stemma.frontend.safetensors import read_header
 
         module, weights = trace_checkpoint(checkpoint)
+        for step in added:
+            if isinstance(step, Heads):
+                for name, entry in read_header(head_weights(step.kind, step.folder, checkpoint.folder)).items():
+                    weights.add(name, entry.type, entry.load, entry.rows)
         bounds = [m.context for m in self.infos.values()]
         context = max(bounds) if len(bounds) > 1 and all(bounds) else 0
         steps = pipeline(preset, added, causal=self.causal, rows=self.rows, hidden=hidden, context=context)
@@ -155,11 +166,11 @@ class Compilation:
             progress=lambda step, number, count: self.report("rewriting the programs", number, count),
         )  # fmt: skip
         self.records += result.records
-        changed = [r.label for r in result.records if r.modified]
-        worst: Label = max(changed, key=LABELS.index, default="identical")
-        for program in programs_of(result.module):
-            same = before.get(program.function.name) is program.function
-            self.labels[program.function.name] = "identical" if same else worst
+        worst: Label = max((r.label for r in result.records if r.modified), key=LABELS.index, default="identical")
+        found = programs_of(result.module)
+        plain = {p.plain for p in found}
+        for name, function in ((p.function.name, p.function) for p in found):
+            self.labels[name] = "identical" if name in plain or before.get(name) is function else worst
         return result.module
 
     @property

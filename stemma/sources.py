@@ -13,13 +13,15 @@ import numpy as np
 
 from stemma.ir import MAIN, StemmaError
 from stemma.passes.base import ModelInfo, Needs, Pass
+from stemma.passes.early_exit import EarlyExit
+from stemma.passes.heads import KINDS, Heads
 from stemma.vocabulary import Token, read_tokens, translation
 
 if TYPE_CHECKING:
     from stemma.frontend.hf import Checkpoint
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-RESERVED = (MAIN, "output", "prompt")
+RESERVED = (MAIN, "output", "prompt", *KINDS)
 
 
 @dataclass(frozen=True)
@@ -59,19 +61,45 @@ def further_models(given: Mapping[str, str | Path | Source] | Sequence[str | Sou
 
 
 def needs_of(passes: Iterable[Pass], names: Sequence[str]) -> Needs:
-    """What all these passes need; StemmaError for a model that was not given."""
+    """What all these passes need or make; StemmaError for a model that was not given, or is made twice."""
     all_needs = [(p.name, p.needs()) for p in passes]
     for owner, needs in all_needs:
         for name in needs.models:
             if name not in names:
                 have = f"given: {', '.join(names)}" if names else "none was given"
                 raise StemmaError(f"The pass {owner!r} needs a model called {name!r}; {have}. Add --model {name}=FOLDER.")
+    early = tuple(dict.fromkeys(e for _, needs in all_needs for e in needs.early))
+    made = [*names, *(name for name, _ in early)]
+    for name in made:
+        if made.count(name) > 1:
+            raise StemmaError(f"Two models are called {name!r}. Give the model that stops early another name.")
     return Needs(
         tuple(dict.fromkeys(n for _, needs in all_needs for n in needs.models)),
-        tuple(dict.fromkeys(e for _, needs in all_needs for e in needs.early)),
+        early,
         tuple(dict.fromkeys(h for _, needs in all_needs for h in needs.heads)),
         any(needs.hidden for _, needs in all_needs),
     )
+
+
+def making(needs: Needs) -> tuple[Pass, ...]:
+    """The passes on the main model that make what is needed."""
+    return (
+        *(EarlyExit(layers, name) for name, layers in needs.early),
+        *(Heads(kind, folder) for kind, folder in needs.heads if kind in KINDS),
+    )
+
+
+def head_weights(kind: str, folder: str, checkpoint: Path) -> Path:
+    """The file with the weights of draft heads; by default beside the checkpoint's own, or in a folder `heads` next to it."""
+    given = Path(folder)
+    if folder:
+        places = [given if given.suffix == ".safetensors" else given / f"{kind}.safetensors"]
+    else:
+        places = [checkpoint / f"{kind}.safetensors", checkpoint.resolve().parent / "heads" / f"{kind}.safetensors"]
+    found = next((p for p in places if p.is_file()), None)
+    if found is None:
+        raise StemmaError(f"There are no {kind} heads: {' and '.join(map(str, places))} do not exist. Name their folder.")
+    return found
 
 
 def describe(checkpoint: Checkpoint, what: str) -> ModelInfo:

@@ -54,9 +54,9 @@ def compile_command(
     with progress() as update:
         report = compile(
             source, output, targets=target.split(","), preset=preset, passes=passes or (), models=models or (), programs=programs,
-            calibration=calibration, calibration_tokens=calibration_tokens, budget=Budget(max_kl, max_perplexity, min_top1), rows=rows,
-            variants=variants.split(",") if variants else None, verify_each=verify_each, dump=dump, start_after=start_after,
-            progress=update,
+            calibration=calibration, calibration_tokens=calibration_tokens, budget=Budget(max_kl, max_perplexity, min_top1),
+            rows=rows, variants=variants.split(",") if variants else None, verify_each=verify_each, dump=dump,
+            start_after=start_after, progress=update,
         )  # fmt: skip
 
     def text() -> None:

@@ -13,19 +13,24 @@ SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "pre
 SETTING_TYPES = (F32, I32, F32, F32, F32, F32, I64, I64)
 
 
-def gumbel_noise(seed: int, sequence: int, position: int, size: int) -> Array:
-    """Counted Gumbel noise of tokens 0..size-1 in float64: Philox4x32-10 (Salmon et al. 2011) with key `seed` and counter
-    (token / 4, position, sequence low, sequence high); -log(-log(u)), u = (bits + 0.5) / 2^32."""
-    blocks, low = -(-size // 4), np.uint64(0xFFFFFFFF)
+def philox(seed: int, sequence: int, position: int, first: Array) -> Array:
+    """Words [n, 4] of Philox4x32-10 (Salmon et al. 2011) with key `seed` and counters (first[i], position, sequence low, high)."""
+    low = np.uint64(0xFFFFFFFF)
     words = (position & 0xFFFFFFFF, sequence & 0xFFFFFFFF, sequence >> 32 & 0xFFFFFFFF)
-    c = [np.arange(blocks, dtype=np.uint64), *(np.full(blocks, w, np.uint64) for w in words)]
+    c = [first.astype(np.uint64), *(np.full(len(first), w, np.uint64) for w in words)]
     key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [b >> np.uint64(32) ^ c[1] ^ np.uint64(key[0]), b & low, a >> np.uint64(32) ^ c[3] ^ np.uint64(key[1]), a & low]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    uniform = (np.stack(c, 1).reshape(-1)[:size].astype(np.float64) + 0.5) / 2**32
-    return -np.log(-np.log(uniform))
+    return np.stack(c, 1)
+
+
+def gumbel_noise(seed: int, sequence: int, position: int, size: int) -> Array:
+    """Counted Gumbel noise of tokens 0..size-1 in float64: -log(-log(u)), u = (bits + 0.5) / 2^32; the bits of a token are word
+    token % 4 of `philox` with the counter (token / 4, position, sequence)."""
+    words = philox(seed, sequence, position, np.arange(-(-size // 4)))
+    return -np.log(-np.log((words.reshape(-1)[:size].astype(np.float64) + 0.5) / 2**32))
 
 
 def filtered(

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 
 from numpy.typing import ArrayLike
 
-from stemma.runtime.machine import FAILED, FINISHED, WAITING, Array, Instance, Machine, Machines, figures, raise_failure
+from stemma.runtime.machine import FAILED, FINISHED, RUNNING, WAITING, Array, Instance, Machine, Machines, figures, raise_failure
 from stemma.runtime.manifest import ProgramSpec
 from stemma.runtime.sampling import Statistics
 from stemma.runtime.tokenizer import StopStrings, TextStream
+
+REFILL = 4  # steps after which ended requests are replaced by waiting ones
 
 
 class Request:
@@ -120,6 +122,7 @@ class _Run:
         self.machine, self.job, self.requests, self.statistics, self.batch = machine, job, requests, statistics, batch
         self.waiting = deque(requests)
         self.active: dict[Request, Instance] = {}
+        self.fresh = set(requests)  # without a token so far
         self.before = self.first = machine.totals.copy()
         self.started = time.perf_counter()
         self.decoding = self.started  # when the last prompt's first token was there
@@ -130,19 +133,19 @@ class _Run:
             while self.waiting and len(self.active) < self.batch:
                 request = self.waiting.popleft()
                 self.active[request] = self.machine.start(self.job.program.name, request.inputs)
-            prefilling = not self._begun()
-            host = self.machine.advance(1 if prefilling or self.job.eager else 0)
+            eager = self.job.eager or not self.fresh.isdisjoint(self.active)
+            # About one token of each; several where others wait for a place; else whatever a slice of time gives.
+            host = self.machine.advance(len(self.active) * (1 if eager else REFILL if self.waiting else 0))
+            prefilling = bool(self.fresh)
             for request, instance in list(self.active.items()):
                 yield from self._poll(request, instance, host)
-            if prefilling and self._begun():
+            if prefilling and not self.fresh:
                 self.first, self.decoding = self.machine.totals.copy(), time.perf_counter()
-
-    def _begun(self) -> bool:
-        """Whether every request has its first token."""
-        return all(request.new or request.finish for request in self.requests)
 
     def _poll(self, request: Request, instance: Instance, host: bool) -> Iterator[tuple[Request, str]]:
         status, tokens = instance.poll()
+        if tokens or status != RUNNING:
+            self.fresh.discard(request)
         for token in tokens:
             if request.finish == "stop":
                 break
@@ -163,7 +166,7 @@ class _Run:
         while self.active:
             self.active.popitem()[1].release()
         now, machine, s = time.perf_counter(), self.machine, self.statistics
-        prefilled = self._begun()
+        prefilled = not self.fresh
         s.prefill_seconds += (self.decoding if prefilled else now) - self.started
         s.decode_seconds += now - self.decoding if prefilled else 0.0
         s.new_tokens = sum(len(request.new) for request in self.requests)

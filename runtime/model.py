@@ -245,8 +245,9 @@ class Model:
         """Run a decoding program on one prompt: a program of the artifact by name, or one written with `stemma.program`.
 
         The latter is lowered when it is first given, which takes no C++ compiler. `host` maps names to the Python functions that
-        the program calls with arrays; what they raise ends the program. Options are the program's own; its `max_new_tokens` is
-        at most what the context has room for. InputError for wrong options, or a prompt that fills the context.
+        the program calls with arrays; what they raise ends the program. Options are the program's own (rows of tokens may be
+        text); its `max_new_tokens` is at most what the context has room for. InputError for wrong options, or a prompt that
+        fills the context.
         """
         self._language_model()
         spec, blob, key = self._program(program, options)
@@ -284,7 +285,12 @@ class Model:
             raise InputError(f"There is no option {', '.join(unknown)}. The program {spec.name!r} has: {known}.")
         if missing := [p.name for p in spec.options if p.default is None and p.name not in options]:
             raise InputError(f"The program {spec.name!r} needs {', '.join(missing)}. Give a value by name.")
-        return {p.name: option(p, options[p.name]) for p in spec.options if p.name in options}
+        found = {}
+        for p in spec.options:
+            if p.name in options:
+                value = options[p.name]
+                found[p.name] = option(p, self.tokenizer.encode(value) if p.shape and isinstance(value, str) else value)
+        return found
 
     def _sequence(self, spec: ProgramSpec, number: Any) -> dict[str, NDArray[Any]]:
         parameter = spec.option("sequence")

@@ -2,7 +2,7 @@
 //
 // Function 0 is the step of a language model. Its two caches hold (token + 1) * (position + 1) + WEIGHT at each slot (odd positions
 // are read from the second), and the logits of a row peak at (the sum of the cached numbers of positions 0..p, found through the
-// table, plus 3 * p) mod vocab. With a negative WEIGHT they are no numbers.
+// table, plus 3 * p) mod vocab.
 // Function 1 takes x f32[batch, width] and n i64[batch], and gives y = 2 * x f32[batch, width] and total = sum(n) i64[1].
 #include <math.h>
 #include <stdint.h>
@@ -21,6 +21,18 @@ struct Model {
     const int32_t* weights;
     int32_t threads, profiling;
 };
+struct StemmaSampling {
+    float temperature, top_p, min_p, repetition_penalty, presence_penalty;
+    int32_t top_k;
+    uint64_t seed, sequence, position;
+};
+
+static uint64_t mix(uint64_t x) {
+    x += 0x9E3779B97F4A7C15ull;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+    return x ^ (x >> 31);
+}
 
 extern "C" {
 int32_t stemma_abi(void) { return ABI; }
@@ -64,7 +76,7 @@ static int32_t step(Model* model, const int64_t* sizes, void* const* buffers, vo
             const int64_t at = table[sequence[r] * context + j];
             sum += (int64_t)(j % 2 ? values[(slots + at) * 4 + 3] : keys[at]);
         }
-        for (int64_t v = 0; v < vocab; v++) logits[i * vocab + v] = model->weights[0] < 0 ? NAN : -0.25f * (float)((v - sum % vocab + vocab) % vocab);
+        for (int64_t v = 0; v < vocab; v++) logits[i * vocab + v] = -0.25f * (float)((v - sum % vocab + vocab) % vocab);
     }
     return 0;
 }
@@ -86,5 +98,30 @@ double stemma_probe(void*, int32_t, const void*, int64_t, int64_t) { return 0; }
 int64_t stemma_profile(void* model, double* nanoseconds, int64_t n) {
     for (int64_t i = 0; i < n && i < 2; i++) nanoseconds[i] = 10.0 * (i + 1) * ((Model*)model)->profiling;
     return 2;
+}
+
+int32_t stemma_sample(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length) {
+    if (length != (int64_t)p->position || ((Model*)model)->weights[0] < 0) return -1;
+    float* scores = (float*)malloc(vocab * sizeof(float));
+    memcpy(scores, logits, vocab * sizeof(float));
+    if (p->repetition_penalty != 1.0f) {
+        for (int64_t i = 0; i < length; i++) scores[history[i]] = logits[history[i]] - 10.0f * p->repetition_penalty;
+    }
+    for (int64_t v = 0; v < vocab && p->temperature > 0; v++) {
+        const double u = ((mix(mix(mix(p->seed) ^ p->sequence) ^ p->position) ^ mix(v)) % 1000003 + 0.5) / 1000003;
+        scores[v] = scores[v] / p->temperature - (float)log(-log(u));
+    }
+    int32_t best = 0;
+    for (int32_t v = 1; v < vocab; v++) best = scores[v] > scores[best] ? v : best;
+    free(scores);
+    return best;
+}
+
+// Not what the library computes, but easy to tell apart: of top_k, the first k; noise is 1, 2, ...
+void stemma_noise(void*, const StemmaSampling*, float* out, int64_t count) {
+    for (int64_t i = 0; i < count; i++) out[i] = (float)(i + 1);
+}
+void stemma_top_k(void*, const float* x, int64_t rows, int64_t n, int64_t k, float* values, int32_t* indices) {
+    for (int64_t i = 0; i < rows * k; i++) values[i] = x[i / k * n + i % k], indices[i] = (int32_t)(i % k);
 }
 }

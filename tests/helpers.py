@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stemma.codegen.program import Listed, attach, models_of
+from stemma.frontend import programs
 from stemma.ir import Function, Module, Node, parse_module, print_module, verify
+from stemma.ir.trace import ModelSpec, trace
 from stemma.passes.selftest import example
 
-__all__ = ["example", "function", "module", "roundtrip"]
+__all__ = ["decoding", "example", "function", "module", "roundtrip"]
+
+
+def decoding(module: Module) -> Module:
+    """A language model's module with the library's plain decoding."""
+    (model,) = models_of(module)
+    made = trace(programs.generate, {"model": ModelSpec(model.vocab, model.width, model.eos, model.context)})
+    return attach(module, [Listed(made.function, made.defaults)])
 
 
 def roundtrip(module: Module) -> Module:

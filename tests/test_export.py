@@ -109,8 +109,8 @@ def test_the_api_by_its_functions(folder: Path) -> None:
         seen.extend(tokens[:count])
         return int(len(seen) >= 5)
 
-    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)(until_five)
-    assert generate(callback=callback, ignore_eos=1) == 5 and seen == fake.greedy(PROMPT, 5)
+    kind: Any = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
+    assert generate(callback=kind(until_five), ignore_eos=1) == 5 and seen == fake.greedy(PROMPT, 5)
     for call, message in (
         (lambda: generate(heat=1), b"has no option heat"),
         (lambda: generate(top_k=1.5), b"The option top_k cannot be 1.5"),

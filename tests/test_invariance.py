@@ -20,7 +20,9 @@ from stemma.passes.base import Pass, PassContext
 from stemma.passes.manager import run_pipeline
 from stemma.passes.pipelines import pipeline
 from stemma.passes.quantize import Quantize, RoundActivations
+from stemma.runtime.session import Session
 from tests.conftest import Artifacts
+from tests.helpers import decoding
 from tests.models import VOCABULARY
 
 FORMATS: dict[str, tuple[str, tuple[Pass, ...]]] = {  # type of the checkpoint, lossy passes
@@ -58,7 +60,8 @@ def make(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Iter
         context = PassContext(weights=weights)
         plain = run_pipeline(module, steps[:split], context).module
         path = folder / f"{name}.stemma"
-        build(run_pipeline(plain, steps[split:], context).module, weights, path, variants=machine_variants())
+        module = decoding(run_pipeline(plain, steps[split:], context).module)
+        build(module, weights, path, variants=machine_variants())
         return path, plain, weights
 
     yield made
@@ -76,12 +79,22 @@ def same(a: Logits, b: Logits) -> None:
 
 def together(model: stemma.Model, ids: list[NDArray[np.int64]], new: list[int]) -> Iterator[Logits]:
     """Last logits of prompts of different lengths that run as one batch; then those after one more token each."""
-    session = model.session([len(p) + 1 for p in ids])
-    rows: dict[int, Logits] = {}
-    for place, row in session.prefill([list(map(int, p)) for p in ids]):
-        rows[row] = session.logits[place].copy()
-    yield np.stack([rows[i] for i in range(len(ids))])
-    session.decode(range(len(ids)), new)
+    session = Session(model.step, len(ids), max(map(len, ids)) + 1)
+    lengths = [len(p) for p in ids]
+    sequence, positions = np.repeat(np.arange(len(ids)), lengths), np.concatenate([np.arange(n) for n in lengths])
+    flat, ends = np.concatenate(ids).astype(np.int32), np.cumsum(lengths) - 1
+    rows = np.zeros((len(ids), VOCABULARY), np.float32)
+    for start in range(0, flat.size, session.positions.size):
+        part = slice(start, start + session.positions.size)
+        session.fill(flat[part], sequence[part], positions[part])
+        done = [i for i, end in enumerate(ends) if start <= end < start + session.positions.size]
+        session.selected[: len(done)] = ends[done] - start
+        session.run(flat[part].size, len(done))
+        rows[done] = session.logits[: len(done)]
+    yield rows
+    session.fill(np.array(new, np.int32), np.arange(len(ids)), np.array(lengths))
+    session.selected[: len(ids)] = np.arange(len(ids))
+    session.run(len(ids), len(ids))
     yield session.logits[: len(ids)].copy()
     session.close()
 

@@ -252,7 +252,7 @@ def test_bad_ids(model: Model, ids: Any, message: str) -> None:
 def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
     with stemma.load(fake.write(tmp_path / "nan.stemma", weight=-1)) as broken:
         for _ in range(2):
-            with pytest.raises(DeviceError, match="No token could be chosen at position 1: the logits are not finite"):
+            with pytest.raises(DeviceError, match="No token can be chosen at position 1: no logit is a finite number"):
                 broken.generate_ids([3])
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import stemma
+from stemma.backends.cpu.device import Turns
 from stemma.ir import CompileError
 from stemma.ir import trace as p
 from stemma.runtime import DeviceError, InputError, Model
@@ -207,6 +208,47 @@ def test_a_long_program_lets_other_threads_have_their_turn(model: Model) -> None
         done.set()
         thread.join()
     assert ended.is_set()
+
+
+@p.program
+def longer(model: p.Model, prompt: p.Tokens, other: p.Tokens) -> Any:
+    """Emits the longer of two rows of tokens."""
+    sizes: list[Any] = [p.as_value(text.shape[0]) for text in (prompt, other)]
+    p.emit(p.where(sizes[0] > sizes[1], prompt[:1], other[:1]))
+
+
+def test_a_program_may_take_several_texts(model: Model) -> None:
+    assert model.run(longer, [3, 4], other=[5, 6, 7]).tokens == [5]
+    assert model.run(longer, [3, 4], other=np.array([5])).tokens == [3]
+    assert model.run(longer, [3], other="def quick").tokens == [0]  # its first token
+    with pytest.raises(InputError, match="needs other"):
+        model.run(longer, [3])
+    with pytest.raises(InputError, match="sizes \\[1, 1\\]; the program takes i32\\[other_length\\]"):
+        model.run(longer, [3], other=[[5]])
+
+
+def test_turns_come_in_the_order_of_asking() -> None:
+    turns, order = Turns(), []
+
+    def work(number: int) -> None:
+        with turns:
+            order.append(number)
+
+    threads = []
+    with turns:
+        for number in range(5):
+            threads.append(threading.Thread(target=work, args=(number,)))
+            threads[-1].start()
+            while len(turns._waiting) <= number:
+                pass
+        gate = turns._waiting[2]
+        turns._waiting.remove(gate)  # as an interrupted thread does
+        turns._waiting.append(gate)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 3, 4, 2]
+    with turns:
+        order.append(5)
 
 
 def test_wrong_options_and_programs(model: Model) -> None:

@@ -7,5 +7,6 @@ from stemma.frontend.programs import *  # noqa: F403
 from stemma.frontend.programs import __all__ as _library
 from stemma.ir.trace import *  # noqa: F403
 from stemma.ir.trace import __all__ as _tracer
+from stemma.ir.trace_constraint import Automaton
 
-__all__ = [*_library, *_tracer]  # noqa: PLE0605
+__all__ = [*_library, *_tracer, "Automaton"]  # noqa: PLE0605

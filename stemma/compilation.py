@@ -182,15 +182,25 @@ class Compilation:
     def manifest(self, module: Module) -> dict[str, Any]:
         """What the manifest says of passes, losses, sources, further models and programs."""
         docs = {p.name: summary(p) for p in self.chosen}
+        speculation = {name: dict(report) for name, report in module.properties.get("speculation", ())}
         return {
             "passes": [r.as_json() for r in self.records], "loss": self.loss, "preset": self.preset,
             "source": origin(self.checkpoint), "further_models": self.entries,
+            "not_speculated": list(module.properties.get("not_speculated", ())),
             "programs": {
                 p.function.name: program_table(p)
-                | {"doc": docs.get(p.function.name, ""), "models": models_used(p), "label": self.labels[p.function.name]}
+                | {
+                    "doc": docs.get(p.function.name, ""), "models": models_used(p), "label": self.labels[p.function.name],
+                    "speculation": _plain_data(speculation.get(p.function.name)),
+                }
                 for p in programs_of(module)
             },
         }  # fmt: skip
+
+
+def _plain_data(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a pass reports on a program's speculation, as JSON: pairs by name become objects."""
+    return None if report is None else {k: dict(v) if isinstance(v, tuple) else v for k, v in report.items()}
 
 
 def origin(checkpoint: Checkpoint) -> dict[str, str]:

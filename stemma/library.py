@@ -15,7 +15,7 @@ from typing import Any
 from stemma.codegen.program import Listed
 from stemma.ir import Node, StemmaError, walk
 from stemma.ir.size import UNBOUNDED
-from stemma.ir.trace import ModelSpec, Program, trace
+from stemma.ir.trace import Model, ModelSpec, Program, trace
 from stemma.passes.base import ModelInfo
 from stemma.passes.registry import load_file, split_options
 
@@ -73,6 +73,17 @@ def _options(program: Program, text: str) -> dict[str, Any]:
 def summary(program: Program) -> str:
     """The first line of a program's docstring."""
     return (inspect.getdoc(program.run) or "").partition("\n")[0]
+
+
+def describe() -> list[dict[str, Any]]:
+    """What `stemma programs` lists: name, options with their defaults, models, first line of the docstring."""
+    found = []
+    for name, program in sorted(library().items()):
+        signature = inspect.signature(program.run, eval_str=True).parameters
+        options = {n: program.fixed.get(n, p.default) for n, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+        models = [n for n, p in signature.items() if p.annotation is Model]
+        found.append({"name": name, "options": options, "models": models, "doc": summary(program)})
+    return found
 
 
 def listed(programs: Sequence[Program], models: Mapping[str, ModelInfo]) -> list[Listed]:

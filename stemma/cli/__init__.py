@@ -8,7 +8,7 @@ from stemma.cli.bench import bench_command
 from stemma.cli.compile import compile_command
 from stemma.cli.export import export_command
 from stemma.cli.inspect import inspect_command
-from stemma.cli.listing import ops_command, passes_command, targets_command, why_command
+from stemma.cli.listing import ops_command, passes_command, programs_command, targets_command, why_command
 from stemma.cli.run import run_command
 from stemma.cli.verify import verify_command
 
@@ -26,6 +26,7 @@ app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 app.command("verify")(verify_command)
 app.command("passes")(passes_command)
+app.command("programs")(programs_command)
 app.command("ops")(ops_command)
 app.command("targets")(targets_command)
 app.command("why")(why_command)

@@ -86,6 +86,42 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
         for p in manifest["passes"]
     ]
     table(("pass", "label", "options", "measured against the checkpoint"), passes)
+    _programs(manifest)
+
+
+def _programs(manifest: dict[str, Any]) -> None:
+    """The decoding programs, the models that they step, and what speculation needs."""
+    for name, entry in manifest.get("further_models", {}).items():
+        console.print(
+            f"model {name}: {entry['source']['folder']}, preset {entry['preset']}, tokenizer {entry['tokenizer']}", markup=False
+        )
+    programs = manifest.get("programs", {})
+    kept = {name: {*entry["results"], "output"} for name, entry in programs.items()}
+    rows = [
+        (
+            name,
+            entry["label"],
+            ", ".join(entry["models"]),
+            ", ".join(_option(p) for p in entry["params"] if p["name"] not in kept[name]),
+            entry["doc"],
+        )
+        for name, entry in programs.items()
+    ]
+    if rows:
+        table(("program", "label", "models", "takes", "what it does"), rows)
+    speculated = [
+        (name, s["draft"], s["nodes"], s["verify"], s["shape"], human_bytes(sum(s["bytes"].values())),
+         ", ".join(f"{k} {human_bytes(v)}" for k, v in s["bytes"].items()))
+        for name, s in ((name, entry["speculation"]) for name, entry in programs.items()) if s
+    ]  # fmt: skip
+    if speculated:
+        table(("speculated", "drafter", "nodes", "verify", "shape", "memory", "of which"), speculated)
+    for reason in manifest.get("not_speculated", ()):
+        console.print(f"not speculated: {reason}", markup=False)
+
+
+def _option(parameter: dict[str, Any]) -> str:
+    return f"{parameter['name']}={parameter['default']}" if "default" in parameter else str(parameter["name"])
 
 
 def _type(tensor: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`stemma passes | ops | targets | why`: what there is, and why a rule does not match."""
+"""`stemma passes | programs | ops | targets | why`: what there is, and why a rule does not match."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ def passes_command(as_json: Annotated[bool, json_option()] = False) -> None:
         rows = [(p["name"], p["label"], ", ".join(f"{k}={v}" for k, v in p["options"].items()), p["doc"]) for p in found]
         table(("pass", "label", "options", "what it does"), rows)
         console.print(f"\nPresets: {', '.join(PRESETS)}.")
+
+    show(found, text)
+
+
+@handled
+def programs_command(as_json: Annotated[bool, json_option()] = False) -> None:
+    """List the decoding programs of the library, for `compile --program`: what each does and the options it takes."""
+    from stemma.library import describe
+
+    found = describe()
+
+    def text() -> None:
+        rows = [(p["name"], ", ".join(f"{k}={v}" for k, v in p["options"].items()), p["doc"]) for p in found]
+        table(("program", "options", "what it does"), rows)
 
     show(found, text)
 

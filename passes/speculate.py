@@ -24,13 +24,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from stemma.ir import OPS, Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, dtype, ops, size, stamp, walk
+from stemma.ir import Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, dtype, ops, size, stamp, walk
 from stemma.ir import trace as p
 from stemma.ir.ops.choose import SETTINGS
 from stemma.ir.trace import Sequences, Tree, Value
 from stemma.ir.trace_scope import Cell, Scope, build, tracing
 from stemma.passes.base import Label, Needs, Pass, PassContext, Stage
-from stemma.passes.drafters import DraftContext, Drafter, Table, make_drafters
+from stemma.passes.drafters import DraftContext, Drafter, Q, Table, make_drafters
 from stemma.passes.loops import Match, Unfit, match_loop, steps_models
 
 GOVERNOR = "governor"
@@ -306,66 +306,80 @@ class _Loop:
         text, token = Sequences(match.body.params[match.position]), Value(match.token, "token")
         contexts = [replace(program.context, settings=self._settings(), source=i) for i in range(len(program.drafters))]
 
+        measured = GOVERNOR in cells
+        joined_size = size * len(contexts) if measured else size
+
         def drafted(limit: Value) -> Tree:
             trees = [p.tree(token, limit, size) for _ in contexts]
             for drafter, context, tree in zip(program.drafters, contexts, trees, strict=True):
                 drafter.draft(context, text.copy(), token, tree, cells)
             if len(trees) == 1:
                 return trees[0]
-            joined = p.tree(token, limit * len(trees), size * len(trees))
+            joined = p.tree(token, limit * len(trees), joined_size)
             for tree in trees:
                 joined.merge(tree)
             return joined
 
-        if GOVERNOR in cells:
+        if measured:
             limit = Value(build("plan", cells[GOVERNOR].node, size=size))
-            tree = p.cond(limit > 1, lambda: drafted(limit), lambda: p.tree(token, 1, size * len(contexts)))
-            tree.node = build("prune", cells[GOVERNOR].node, tree.node)
+            tree = p.cond(limit > 1, lambda: drafted(limit), lambda: p.tree(token, 1, joined_size))
+            if not self.samples:  # which samples are left out must not depend on what they are
+                tree.node = build("prune", cells[GOVERNOR].node, tree.node)
         else:
             tree = drafted(p.as_value(1 + (size - 1) // len(contexts)))
         logits = text.expand(tree, size)
         hidden = text.hidden
-        again, *carried = self._follow(text)
+        again, *carried = self._follow(text, cells)
         text.node = carried[match.position]
         for drafter, context in zip(program.drafters, contexts, strict=True):
             drafter.observe(context, text.copy(), tree, logits, hidden, cells)
-        if GOVERNOR in cells:
+        if measured:
             cells[GOVERNOR].node = build("learn", cells[GOVERNOR].node, text.node)
         text.settle()
         carried[match.position] = text.node
         return [again, *carried]
 
-    def _follow(self, text: Sequences) -> list[Node]:
+    @property
+    def samples(self) -> bool:
+        """Whether children are samples that the recursive verifier tests against what they were drawn from."""
+        drafters = self.program.drafters
+        return self.program.options.verify == "recursive" and len(drafters) == 1 and drafters[0].samples
+
+    def _follow(self, text: Sequences, cells: Mapping[str, Cell]) -> list[Node]:
         """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results, settled or not."""
         match = self.match
         body = match.body
+        names = {q.attrs["name"] for q in body.params}
+        carried = {unique("again", names): ops.constant(value=True, dtype="bool")}
+        if self.samples:
+            carried[unique(Q, names)] = cells[Q].node
+        last, *drawn_from = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
         followed = ops.follow(body.params[match.position], match.token)
-        verify = self.program.options.verify != "identical"
 
         def replaced(node: Node, inputs: tuple[Node, ...]) -> Node:
             if node is match.step:
                 return followed
-            return self._chosen(inputs) if node is match.select and verify else node.rebuild(*inputs)
+            return self._chosen(inputs, drawn_from) if node is match.select else node.rebuild(*inputs)
 
-        turn = body.rewrite(replaced)
-        again, *after = turn.results
+        again, *after = body.rewrite(replaced).results
         next_token = Function("", body.params, {"token": match.token}).inline(*after)[0]
         on = ops.logical_and(again, ops.has_child(after[match.position], next_token))
-        last = ops.param(name=unique("again", {q.attrs["name"] for q in body.params}), type=again.type)
         names = set(body.result_names)
-        pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), (body.result_names[0], again)]
+        extra = [(unique(q.attrs["name"], names), again if q is last else q) for q in params]
+        pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), *extra]
         init = [text.node if i == match.position else q for i, q in enumerate(body.params)]
-        loop = ops.loop(*init, ops.constant(value=True, dtype="bool"), body=Function("", (*body.params, last), pairs))
+        loop = ops.loop(*init, *carried.values(), body=Function("", (*body.params, *params), pairs))
         count = len(body.params)
         return [ops.get(loop, index=count), *(ops.get(loop, index=i) for i in range(count))]
 
-    def _chosen(self, inputs: tuple[Node, ...]) -> Node:
-        """The choice of the next token by another verifier than identical, from the inputs of the plain `select`."""
+    def _chosen(self, inputs: tuple[Node, ...], drawn_from: list[Node]) -> Node:
+        """The choice of the next token by the verifier, from the inputs of the plain `select`."""
         options = self.program.options
         if options.verify == "typical":
-            thresholds = [ops.constant(value=v, dtype="f32") for v in (options.epsilon, options.delta)]
-            return OPS["select_typical"](*inputs, *thresholds)
-        return OPS["select_recursive"](*inputs, rule="point")
+            return ops.select_typical(*inputs, *(ops.constant(value=v, dtype="f32") for v in (options.epsilon, options.delta)))
+        if options.verify == "recursive":
+            return ops.select_recursive(*inputs, *drawn_from, rule="scores" if drawn_from else "point")
+        return ops.select(*inputs)
 
     def _settings(self) -> dict[str, Value]:
         """What the program gives to `select`, when all of it is known before the step."""

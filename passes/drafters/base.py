@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from stemma.ir import PassError, Type, WeightStore
+from stemma.ir import PassError, Type, WeightStore, size
 from stemma.ir import trace as p
 from stemma.ir.trace import Sequences, Tree, Value
 from stemma.ir.trace_scope import Cell
@@ -68,29 +68,44 @@ class DraftContext:
         """Adds guesses of this drafter to a tree; the numbers of their nodes, i32[m] (-1: no room)."""
         return tree.extend(parents, tokens, scores, source=self.source)
 
-    def sharpened(self, logits: Value, positions: Value) -> Value:
+    def likely(self, logits: Value, positions: Value) -> Value:
         """Log-probabilities f32[n, vocab] that the program chooses each token, guessed from a drafter's logits.
 
         At a temperature the noise that the program will add at those positions (i32[n]) is known, because it is counted: it is
-        added here too, so that both choose the same token when their distributions are close (a Gumbel coupling).
+        added here too, so that both choose the same token where their distributions are close (a Gumbel coupling). Other verifiers
+        than identical draw otherwise.
         """
         if not self.settings:
             return p.log_softmax(logits)
         temperature, seed, sequence = (self.settings[name] for name in ("temperature", "seed", "sequence"))
-        found: Value = p.cond(
-            temperature > 0.0,
-            lambda: p.log_softmax(logits / temperature + p.noise(seed, sequence, positions, self.vocab)),
-            lambda: p.log_softmax(logits),
-        )
+
+        def sampled() -> Value:
+            scaled = logits / temperature
+            coupled = self.verify == "identical"
+            return p.log_softmax(scaled + p.noise(seed, sequence, positions, self.vocab) if coupled else scaled)
+
+        found: Value = p.cond(temperature > 0.0, sampled, lambda: p.log_softmax(logits))
         return found
+
+    def noise(self, positions: Value) -> Value:
+        """Gumbel noise f32[n, vocab] for drafting samples; 0 when the program takes the likeliest token."""
+        if not self.settings:
+            return p.full((positions.shape[0], self.vocab), 0.0)
+        temperature, seed, sequence = (self.settings[name] for name in ("temperature", "seed", "sequence"))
+        return p.noise(seed, sequence, positions, self.vocab) * p.where(temperature > 0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """Base of all drafters. kind: "point" when the guesses are no samples, "scores" when they are sampled without replacement."""
+    """Base of all drafters."""
 
     name: ClassVar[str]
-    kind: ClassVar[Literal["point", "scores"]] = "point"
+
+    @property
+    def samples(self) -> bool:
+        """Whether the guesses after a node are samples without replacement, whose distributions it keeps under `Q` in `state` when
+        the verifier is "recursive"."""
+        return False
 
     def needs(self) -> Needs:
         """Models and functions that must be compiled."""
@@ -114,7 +129,7 @@ class Drafter:
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
         """Learns from a turn. text: with the followed nodes; logits f32[size, vocab] and hidden f32[size, width]: of the nodes."""
 
-    def model(self, context: DraftContext, name: str) -> ModelInfo:
+    def given(self, context: DraftContext, name: str) -> ModelInfo:
         """A model that is needed; PassError when it is not there."""
         if name not in context.models:
             there = ", ".join(context.models) or "none"
@@ -127,6 +142,38 @@ class Drafter:
         """The drafter with its options, as they are given."""
         options = ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
         return self.name + (f"{{{options}}}" if options else "")
+
+
+Q = "draft_distributions"
+"""What drafters of samples keep for the recursive verifier: f32[size + 1, vocab], the distribution that each node's children are
+samples of; the last row is for nodes that do not exist."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The next layer of a tree: place of the parent in the layer before, token (-1: none), probability after the parent, and
+    log-probability of the path; all [width]."""
+
+    places: Value
+    tokens: Value
+    scores: Value
+    paths: Value
+
+
+def best_layer(paths: Value, likely: Value, width: int, least: float = 0.0) -> Layer:
+    """The likeliest `width` children of a layer of nodes that have a path probability of at least `least`.
+
+    paths f32[n]: log-probability of the path to each node (-inf: no node). likely f32[n, vocab]: of each token after it.
+    """
+    scores, tokens = p.top_k(likely, width)
+    best, at = p.top_k(flat(paths[:, None] + scores), width)
+    kept = (best > float("-inf")) & (p.exp(best) >= least)
+    return Layer(at // width, p.where(kept, flat(tokens)[at], -1), p.exp(flat(scores)[at]), p.where(kept, best, float("-inf")))
+
+
+def flat(x: Value) -> Value:
+    """All elements as one row."""
+    return x.reshape(size.product(x.shape))
 
 
 def last_followed(text: Sequences, size: int) -> Value:

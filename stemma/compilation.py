@@ -182,6 +182,7 @@ class Compilation:
     def manifest(self, module: Module) -> dict[str, Any]:
         """What the manifest says of passes, losses, sources, further models and programs."""
         docs = {p.name: summary(p) for p in self.chosen}
+        docs |= {p.plain: f"{p.function.name} without speculation" for p in programs_of(module) if p.plain}
         speculation = {name: dict(report) for name, report in module.properties.get("speculation", ())}
         return {
             "passes": [r.as_json() for r in self.records], "loss": self.loss, "preset": self.preset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,13 @@ def _options(program: Program, text: str) -> dict[str, Any]:
 
 
 def summary(program: Program) -> str:
-    """The first line of a program's docstring."""
-    return (inspect.getdoc(program.run) or "").partition("\n")[0]
+    """The first sentence of a program's docstring."""
+    paragraph = " ".join((inspect.getdoc(program.run) or "").partition("\n\n")[0].split())
+    return re.split(r"(?<!al)(?<=\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
 
 
 def describe() -> list[dict[str, Any]]:
-    """What `stemma programs` lists: name, options with their defaults, models, first line of the docstring."""
+    """What `stemma programs` lists: name, options with their defaults, models, first sentence of the docstring."""
     found = []
     for name, program in sorted(library().items()):
         signature = inspect.signature(program.run, eval_str=True).parameters

@@ -77,8 +77,8 @@ def a_star(
     width: p.Fixed[int] = 4, frontier: p.Fixed[int] = 16, longest: p.Fixed[int] = 512,
 ) -> dict[str, p.Value]:  # fmt: skip
     """A*-decoding (Chatziveroglou 2025): best-first search. The unfinished text of the highest score gets `width` sampled next
-    steps, which join the `frontier` best known texts, until an ended text is the best of all, or after `expansions` of them; then
-    the best ended text is emitted, or the best one if none has ended. score: minus the cost so far and the estimate of what is to come.
+    steps, which join the `frontier` best known texts, until an ended text is the best, or after `expansions` of them; then the
+    best ended text is emitted, or the best one if none has ended. score: minus the cost so far and the estimated cost to come.
     `score` f32(), `expanded` i32()."""
     sampling = Sampling(model, p.minimum(max_new_tokens, longest), ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = Texts.of(model, prompt, frontier + width)  # the frontier, best first, then the next steps of its first

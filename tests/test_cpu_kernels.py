@@ -219,6 +219,24 @@ def test_linear(library: Library, weight: str, activation: str) -> None:
             assert same_bits(part, whole[64 - m :]), (n, k, m, threads)
 
 
+@pytest.mark.parametrize(("weight", "activation"), LINEAR)
+def test_linear_of_a_weight_from_memory(library: Library, weight: str, activation: str) -> None:
+    """A weight of more than 2 MB is split by panels, and its tiles are not equally high: the bits of a row are the same."""
+    rng = np.random.default_rng(18)
+    k, group = 256, int(activation[4:]) if activation.startswith("q8") else 1
+    n = 64 * ((2 << 20) // pack.panel_bytes(k, weight) + 1) - 5
+    packed, values = random_weight(rng, n, k, weight)
+    rows, exact = activations(rng.standard_normal((23, k), dtype=np.float32), activation)
+    whole = np.zeros((23, n), np.float32)
+    library.call(f"linear_{weight}__{activation}", 2, 23, n, k, rows, packed, whole)
+    bound = (k / group + 5) * U * (np.abs(exact) @ np.abs(values).T) + 1e-37
+    assert (np.abs(whole - exact @ values.T) <= bound).all()
+    for m, threads in ((1, 1), (1, 2), (4, 2), (6, 1), (7, 2), (8, 1), (10, 2)):
+        part = np.full((m, n), np.nan, np.float32)
+        library.call(f"linear_{weight}__{activation}", threads, m, n, k, np.ascontiguousarray(rows[23 - m :]), packed, part)
+        assert same_bits(part, whole[23 - m :]), (m, threads)
+
+
 def test_linear_is_independent_of_how_rows_are_split(library: Library) -> None:
     rng = np.random.default_rng(4)
     packed, values = random_weight(rng, 40, 64, "int4_g64")

@@ -62,7 +62,7 @@ def test_results_are_those_of_plain_decoding(
     """Tokens, sequences, logits: equal to the bit, in a first and a second request, which drafts from what the first one left."""
     module = speculated(telling, draft=draft, budget=budget, shape=shape)
     world = World(models=models(model), compiled=heads(model))
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": length, "temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition,
         "presence_penalty": presence, "seed": seed,
     }  # fmt: skip

@@ -26,13 +26,15 @@ class Incremental(Pass):
     """Derive the decode step of a causal language model.
 
     rows: the largest number of rows of one call. hidden: give the value that the output head is applied to as a second result.
-    context: bound of the columns of the table, which steps in one module share; 0: that of the model. Functions NAME_forward become
-    NAME_step, without hidden states.
+    context: bound of the columns of the table, which steps in one module share; 0: that of the model. mix: when more than 1, a row
+    is a mixture of so many tokens: tokens i32[rows, mix], and weights f32[rows, mix] of their embeddings. Functions NAME_forward
+    become NAME_step, without hidden states and mixtures.
     """
 
     rows: int = 512
     hidden: bool = False
     context: int = 0
+    mix: int = 1
     name: ClassVar[str] = "incremental"
     requires: ClassVar[frozenset[str]] = frozenset({"causal"})
     ensures: ClassVar[frozenset[str]] = frozenset({"has_step"})
@@ -45,7 +47,8 @@ class Incremental(Pass):
             if function.name != "forward" and not function.name.endswith("_forward"):
                 return function
             name = function.name.removesuffix("forward") + "step"
-            return _Step(function, self.rows, columns).build(name, self.hidden and name == "step")
+            main = name == "step"
+            return _Step(function, self.rows, columns, self.mix if main else 1).build(name, self.hidden and main)
 
         return module.map(changed)
 
@@ -53,8 +56,8 @@ class Incremental(Pass):
 class _Step:
     """One derivation; `new` maps nodes of the plain graph to nodes of the step."""
 
-    def __init__(self, forward: Function, max_rows: int, context: int) -> None:
-        self.forward = forward
+    def __init__(self, forward: Function, max_rows: int, context: int, mix: int) -> None:
+        self.forward, self.mix = forward, mix
         self.ids = _token_parameter(forward)
         self.batch, self.tokens = self.ids.shape
         self.rows = dim("rows", 1, max_rows)
@@ -65,6 +68,9 @@ class _Step:
         self.inputs = {n: ops.param(name=n, type=rows) for n in ("tokens", "positions", "slots", "sequence")}
         self.inputs["table"] = ops.param(name="table", type=table)
         self.inputs["selected"] = ops.param(name="selected", type=Tensor("i32", (self.outputs,)))
+        if mix > 1:
+            for name, kind in (("tokens", "i32"), ("weights", "f32")):
+                self.inputs[name] = ops.param(name=name, type=Tensor(kind, (self.rows, mix)))
         self.caches: list[Node] = []
         self.updated: list[Node] = []
         self.shared: dict[tuple[Node, Node], tuple[Node, Node]] = {}
@@ -99,7 +105,13 @@ class _Step:
     def convert(self, node: Node) -> Node:
         name = node.op.name
         inputs = [self.new[i] for i in node.inputs]
+        if self.mix > 1 and any(self.is_tokens(i) for i in node.inputs) and name != "cast":
+            if name == "embedding":
+                return self.mixed(inputs[0])
+            raise PassError(f"incremental: {name} reads the token ids, so tokens cannot be mixed.")
         if node is self.ids:
+            if self.mix > 1:  # read by casts alone, which nothing but embeddings read
+                return ops.reshape(ops.slice(self.inputs["tokens"], axis=1, start=0, stop=1), shape=(1, self.rows))
             return ops.cast(ops.reshape(self.inputs["tokens"], shape=(1, self.rows)), dtype=node.dtype)
         if name == "param":
             raise PassError(f"incremental: the model has a second input {node.attrs['name']!r}; only token ids are supported.")
@@ -113,6 +125,18 @@ class _Step:
             return self.attention(node, *inputs)
         self.check(node)
         return node.op(*inputs, **{k: self.substituted(v) for k, v in node.attrs.items()})
+
+    def is_tokens(self, value: Node) -> bool:
+        """Whether a value is the token ids, whatever their integer type."""
+        while value.op.name == "cast":
+            value = value.inputs[0]
+        return value is self.ids
+
+    def mixed(self, table: Node) -> Node:
+        """The weighted sums [1, rows, width] of the embeddings of each row's tokens (Shen et al. 2024, Superposed Decoding)."""
+        found = ops.embedding(table, self.inputs["tokens"])
+        weights = ops.reshape(self.inputs["weights"], shape=(self.rows, self.mix, 1))
+        return ops.reshape(ops.reduce_sum(found * weights, axes=(1,)), shape=(1, self.rows, found.shape[2]))
 
     def mixes(self, node: Node, why: str) -> PassError:
         where = f" at {node.origin.line}" if node.origin.line else ""

@@ -27,11 +27,11 @@ PRESETS: dict[str, tuple[Pass, ...]] = {
 
 
 def pipeline(
-    preset: str, added: Sequence[Pass], *, causal: bool, rows: int, hidden: bool = False, context: int = 0
+    preset: str, added: Sequence[Pass], *, causal: bool, rows: int, hidden: bool = False, context: int = 0, mix: int = 1
 ) -> tuple[Pass, ...]:
     """The whole pipeline of one model: those `added` passes that are of the stage "model" run after those of the preset.
 
-    rows, hidden, context: see `Incremental`, for causal language models. PassError for an unknown preset.
+    rows, hidden, context, mix: see `Incremental`, for causal language models. PassError for an unknown preset.
     """
     if preset not in PRESETS:
         raise PassError(f"There is no preset {preset!r}. Choose one of {', '.join(PRESETS)}.")
@@ -39,7 +39,7 @@ def pipeline(
         *RAISING,  # recover norms, activations, rotary embeddings, attention and its masks
         *PRESETS[preset],  # quantize
         *(p for p in added if p.stage == "model"),  # the user's own
-        *((Incremental(rows, hidden, context),) if causal else ()),  # derive the decode step
+        *((Incremental(rows, hidden, context, mix),) if causal else ()),  # derive the decode step
         Canonicalize(),  # what became trivial
         JoinLinears(),  # q, k and v; gate and up
         Fuse(),  # one kernel per group

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stemma.calibration import Calibration
 from stemma.codegen.program import attach, program_table, programs_of
 from stemma.ir import MAIN, Array, Module, StemmaError, WeightStore, merge_models
-from stemma.library import listed, models_used, reads_hidden, summary
+from stemma.library import listed, mixed_tokens, models_used, reads_hidden, summary
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext
 from stemma.passes.early_exit import EarlyExit
 from stemma.passes.heads import Heads
@@ -33,7 +33,8 @@ class Compilation:
     """A compile under way: what it was given, and what it has found out so far (`models` and `programs` are called in this order).
 
     records: of the passes on the main model and on the programs. infos: every model by name. entries: what the manifest says of
-    further models. needs: of the program passes; hidden becomes true when a program reads hidden states.
+    further models. needs: of the program passes; hidden becomes true when a program reads hidden states. mix: tokens that programs
+    mix in one row.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +53,7 @@ class Compilation:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     labels: dict[str, Label] = field(default_factory=dict)
+    mix: int = 1
 
     def __post_init__(self) -> None:
         """Says what is wrong with models and programs before any long work: all of it is in configurations and tokenizers."""
@@ -71,8 +73,10 @@ class Compilation:
         self.infos |= {name: replace(self.infos[MAIN], width=0) for name, _ in early}
         for kind, folder in self.needs.heads:
             head_weights(kind, folder, checkpoint.folder)
+        traced = listed(self.chosen, self.infos)
+        self.mix = mixed_tokens(traced)
         if not self.needs.hidden:
-            hidden = reads_hidden(listed(self.chosen, self.infos))
+            hidden = reads_hidden(traced)
             self.needs = replace(self.needs, hidden=hidden)
             if not hidden:
                 self.infos[MAIN] = replace(self.infos[MAIN], width=0)
@@ -100,7 +104,7 @@ class Compilation:
     def _main(self, start_after: str | None, check: Check) -> tuple[Module, WeightStore]:
         self.report("tracing the model", 0, 1)
         module, records, weights = self._compiled(
-            self.checkpoint, self.preset, (*self.added, *making(self.needs)), self.dump, self.needs.hidden, start_after, check
+            self.checkpoint, self.preset, (*self.added, *making(self.needs)), self.dump, True, start_after, check
         )
         self.records += records
         return module, weights
@@ -118,7 +122,7 @@ class Compilation:
         return module, weights
 
     def _compiled(
-        self, checkpoint: Checkpoint, preset: str, added: Sequence[Pass], dump: Path | None, hidden: bool, start_after: str | None,
+        self, checkpoint: Checkpoint, preset: str, added: Sequence[Pass], dump: Path | None, main: bool, start_after: str | None,
         check: Check,
     ) -> tuple[Module, tuple[PassRecord, ...], WeightStore]:  # fmt: skip
         """One model through its pipeline."""
@@ -132,7 +136,10 @@ class Compilation:
                     weights.add(name, entry.type, entry.load, entry.rows)
         bounds = [m.context for m in self.infos.values()]
         context = max(bounds) if len(bounds) > 1 and all(bounds) else 0
-        steps = pipeline(preset, added, causal=self.causal, rows=self.rows, hidden=hidden, context=context)
+        steps = pipeline(
+            preset, added, causal=self.causal, rows=self.rows, hidden=main and self.needs.hidden, context=context,
+            mix=self.mix if main else 1,
+        )  # fmt: skip
         lossy = any(step.label == "lossy" for step in steps)
         documents: tuple[Array, ...] = ()
         if lossy and self.causal:

@@ -136,25 +136,3 @@ def compile(
     )  # fmt: skip
     seconds = time.perf_counter() - started
     return Report(output, built.bytes, seconds, tuple(work.records), work.loss, tuple(work.notes))
-
-
-def explain_rule(name: str, model: str | Path, count: int = 5) -> list[dict[str, Any]]:
-    """The best partial matches of a rule, or of each rule of a pass, in a checkpoint folder or a dumped module text."""
-    from stemma.calibration import read_text
-    from stemma.frontend.hf import trace_checkpoint
-    from stemma.ir import parse_module
-    from stemma.passes.base import PassContext
-    from stemma.passes.manager import run_pipeline
-    from stemma.passes.raising import RAISING
-    from stemma.passes.registry import find_rules
-    from stemma.passes.why import explain
-
-    rules = find_rules(name)
-    path = Path(model)
-    if path.is_file():
-        module = parse_module(read_text(path, "module"))
-    else:
-        module, weights = trace_checkpoint(path)
-        module = run_pipeline(module, RAISING, PassContext(weights=weights)).module
-    found = [(rule.name, match) for rule in rules for match in explain(rule, module)]
-    return [{"rule": rule, "text": str(match)} for rule, match in found[:count]]

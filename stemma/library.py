@@ -83,9 +83,13 @@ def describe() -> list[dict[str, Any]]:
     for name, program in sorted(library().items()):
         signature = inspect.signature(program.run, eval_str=True).parameters
         options = {n: program.fixed.get(n, p.default) for n, p in signature.items() if p.kind is p.KEYWORD_ONLY}
-        models = [n for n, p in signature.items() if p.annotation is Model]
-        found.append({"name": name, "options": options, "models": models, "doc": summary(program)})
+        found.append({"name": name, "options": options, "models": model_names(program), "doc": summary(program)})
     return found
+
+
+def model_names(program: Program) -> list[str]:
+    """The models that a program takes, in the order of its parameters."""
+    return [n for n, p in inspect.signature(program.run, eval_str=True).parameters.items() if p.annotation is Model]
 
 
 def listed(programs: Sequence[Program], models: Mapping[str, ModelInfo]) -> list[Listed]:
@@ -93,7 +97,7 @@ def listed(programs: Sequence[Program], models: Mapping[str, ModelInfo]) -> list
     specs = {n: ModelSpec(m.vocab, m.width, m.eos, m.context or UNBOUNDED) for n, m in models.items()}
     found: list[Listed] = []
     for program in programs:
-        used = {n: s for n, s in specs.items() if n in inspect.signature(program.run).parameters}
+        used = {n: s for n, s in specs.items() if n in model_names(program)}
         traced = trace(program, used)
         if any(f.function.name == program.name for f in found):
             raise StemmaError(f"Two programs are called {program.name!r}. Rename one.")
@@ -117,6 +121,17 @@ def _is_hidden(node: Node) -> bool:
         return False
     state: Any = node.inputs[0].inputs[0].type
     return bool(state.args[0] == "model")
+
+
+def mixed_tokens(programs: Sequence[Listed]) -> int:
+    """The most tokens that a program mixes in one row of the model called "model"; 1: none does."""
+    found = [1]
+    for program in programs:
+        for node in walk(program.function):
+            state: Any = node.inputs[0].type if node.op.name == "step_mixed" else None
+            if state is not None and state.args[0] == "model":
+                found.append(int(str(node.inputs[1].shape[1])))
+    return max(found)
 
 
 STEPS = frozenset({"step", "feed", "step_mixed", "expand", "follow"})

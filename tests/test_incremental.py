@@ -125,6 +125,38 @@ def test_hidden_states(rounded: bool) -> None:
     assert found["hidden"].shape == (2, 32) and np.allclose((found["hidden"] / weights["norm"]).std(-1), 1, atol=0.3)
 
 
+def test_mixed_tokens() -> None:
+    """A row of one token with the weight 1 is that token, to the bit; a mixture is the sum of embeddings."""
+    module, weights = tiny_lm()
+    plain, mixed = step_of(module)["step"], Incremental(mix=3).run(module, PassContext())["step"]
+    verify(Module([mixed]))
+    rows = np.arange(4, dtype=np.int32)
+    common = {"positions": rows, "sequence": 0 * rows, "slots": rows, "table": rows[None], "selected": rows}
+    state = {p.attrs["name"]: np.zeros((2, SLOTS, 8)) for p in plain.params[6:]}
+    tokens = np.array([[5, 1, 2], [6, 6, 6], [7, 0, 49], [8, 3, 4]], np.int32)
+    wanted = interpret(plain, {**common, **state, "tokens": tokens[:, 0]}, weights)["logits"]
+    single = np.array([[1.0, 0.0, 0.0]] * 4)
+    got = interpret(mixed, {**common, **state, "tokens": tokens, "weights": single}, weights)["logits"]
+    np.testing.assert_array_equal(got, wanted)
+    shares = np.random.default_rng(0).random((4, 3))
+    other = dict(weights, embedding=weights["embedding"].astype(np.float64))
+    other["embedding"][:4] = np.einsum("rk,rkd->rd", shares, weights["embedding"][tokens])
+    found = interpret(mixed, {**common, **state, "tokens": tokens, "weights": shares}, weights)
+    sums = interpret(plain, {**common, **state, "tokens": rows}, other)
+    np.testing.assert_allclose(found["k_cache_1"], sums["k_cache_1"], rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_tokens_need_an_embedding() -> None:
+    """Token ids that something else reads cannot be mixed."""
+    ids = ops.param(name="input_ids", type=Tensor("i64", (BATCH, TOKENS)))
+    x = ops.embedding(ops.weight(name="e", type=Tensor("f32", (50, 8))), ids)
+    marked = ops.reduce_sum(x, axes=(2,)) + ops.cast(ids, dtype="f32")
+    logits = ops.linear(ops.reshape(marked, shape=(BATCH, TOKENS, 1)), ops.weight(name="h", type=Tensor("f32", (50, 1))))
+    module = Module([Function("forward", [ids], {"logits": logits})], {"kind": "causal_lm"})
+    with pytest.raises(PassError, match="add reads the token ids, so tokens cannot be mixed"):
+        Incremental(mix=2).run(module, PassContext())
+
+
 def test_hidden_states_need_a_head() -> None:
     """A model whose logits come out of a lookup has no hidden state."""
     ids = ops.param(name="input_ids", type=Tensor("i64", (BATCH, TOKENS)))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stemma.cli.output import console, handled, human_bytes, json_option, progress, show, table
 
 if TYPE_CHECKING:
+    from stemma.runtime import Model
     from stemma.runtime.roofline import KernelTime
+
+PROMPTS, PROMPT_TOKENS = 4, 64  # excerpts of text that speculation is measured on
 
 
 @handled
@@ -24,10 +27,12 @@ def bench_command(
     threads: Annotated[int | None, typer.Option(min=1, help="Default: every processor this process may use.")] = None,
     variant: Annotated[str | None, typer.Option(help="Instruction set to use instead of the best one.")] = None,
     huge_pages: Annotated[bool, typer.Option(help="Copy the weights into huge pages when loading.")] = True,
+    program: Annotated[str, typer.Option(help="The speculated program to compare with its plain form.")] = "generate",
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of that comparison.")] = 0.0,
     roofline: Annotated[bool, typer.Option(help="Also print each kernel's time and share of the ceiling.")] = False,
     as_json: Annotated[bool, json_option()] = False,
 ) -> None:
-    """Measure tokens per second and the share of this machine's roofline."""
+    """Measure tokens per second, the share of this machine's roofline, and what speculation brings."""
     import stemma
     from stemma.runtime.roofline import measure_ceilings
     from stemma.runtime.roofline import roofline as kernel_times
@@ -35,6 +40,8 @@ def bench_command(
     loaded = stemma.load(model, threads=threads, variant=variant, huge_pages=huge_pages)
     if loaded.kind != "causal_lm":
         raise stemma.StemmaRuntimeError(f"{model} is not a causal language model: there are no tokens per second to measure.")
+    plain = loaded.programs["generate"].plain if "generate" in loaded.programs else None
+    base = plain or "generate"
     prompt_tokens = max(1, min(prompt_tokens, loaded.context - new_tokens))
     prompt = [i % loaded.vocab for i in range(1, prompt_tokens + 1)]
     bandwidths, prefill, decode, between = [], [], [], []
@@ -43,11 +50,12 @@ def bench_command(
             update("measuring", number, rounds)
             ceilings = measure_ceilings(loaded.device)
             bandwidths.append(ceilings.bandwidth)
-            loaded.generate_ids(prompt, max_new_tokens=1, ignore_eos=True)
+            loaded.generate_ids(prompt, program=base, max_new_tokens=1, ignore_eos=True)
             prefill.append(loaded.last_statistics.prefill_tokens_per_second)
-            loaded.generate_ids(prompt[:1], max_new_tokens=new_tokens, ignore_eos=True)
+            loaded.generate_ids(prompt[:1], program=base, max_new_tokens=new_tokens, ignore_eos=True)
             decode.append(loaded.last_statistics.decode_tokens_per_second)
             between.append(loaded.last_statistics.between_steps_microseconds)
+        speculation = _speculation(loaded, program, temperature, new_tokens, rounds, update)
     read = loaded.manifest.weights_bytes
     share = statistics.median(d * read / b for d, b in zip(decode, bandwidths, strict=True))
     kernels = kernel_times(loaded, ceilings, context=min(128, loaded.context - 1)) if roofline else []
@@ -57,6 +65,7 @@ def bench_command(
         "decode_tokens_per_second": statistics.median(decode), "decode_min": min(decode), "decode_max": max(decode),
         "between_steps_microseconds": statistics.median(between), "read_bandwidth": statistics.median(bandwidths),
         "share_of_bandwidth": share, "kernels": [vars(k) | {"share": k.share} for k in kernels],
+        "speculation": speculation,
     }  # fmt: skip
 
     def text() -> None:
@@ -68,10 +77,66 @@ def bench_command(
         ]
         table(("", "median", "min", "max"), rows, f"{loaded.manifest.name}, {loaded.variant}, {loaded.threads} threads")
         console.print(f"Decoding reads {human_bytes(read)} of weights per token: {share:.0%} of the measured bandwidth.")
+        if speculation is not None:
+            _print_speculation(speculation)
         if kernels:
             print_roofline(kernels)
 
     show(data, text)
+
+
+def _speculation(
+    loaded: Model, name: str, temperature: float, new_tokens: int, rounds: int, update: Callable[[str, int, int], None]
+) -> dict[str, Any] | None:
+    """The program with and without speculation on the same prompts, in turns; None when it is not speculated."""
+    spec = loaded.programs.get(name)
+    if spec is None or spec.plain is None:
+        return None
+    prompts = _excerpts(loaded, min(PROMPT_TOKENS, max(1, loaded.context - new_tokens)))
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": temperature}
+    options = {key: value for key, value in options.items() if spec.option(key) is not None}
+    speeds: dict[str, list[float]] = {spec.plain: [], name: []}
+    trees = nodes = followed = 0
+    drafting = seconds = 0.0
+    for number in range(rounds):
+        update("speculating", number, rounds)
+        for which, speed in speeds.items():
+            decoded = spent = 0.0
+            for prompt in prompts:
+                loaded.generate_ids(prompt, program=which, **options)
+                s = loaded.last_statistics
+                decoded, spent = decoded + s.decoded_tokens, spent + s.decode_seconds
+                trees, nodes, followed = trees + s.trees, nodes + s.nodes, followed + s.followed
+                drafting += s.drafting_seconds if s.trees else 0.0
+                seconds += s.machine_seconds if s.trees else 0.0
+            speed.append(decoded / spent if spent else 0.0)
+    plain, fast = speeds.values()
+    return {
+        "program": name, "temperature": temperature, "prompts": len(prompts), "plain_tokens_per_second": statistics.median(plain),
+        "speculated_tokens_per_second": statistics.median(fast), "plain": plain, "speculated": fast,
+        "accepted_length": followed / trees if trees else 0.0, "nodes_per_tree": nodes / trees if trees else 0.0,
+        "drafting_share": drafting / seconds if seconds else 0.0,
+    }  # fmt: skip
+
+
+def _excerpts(loaded: Model, length: int) -> list[list[int]]:
+    """Prompts of `length` tokens: of Python's library where there is a tokenizer, else of repeated random tokens."""
+    if "tokenizer.json" in loaded.artifact:
+        from stemma.calibration import MODULES, library_text
+
+        texts = [loaded.tokenizer.encode(library_text([name])) for name in MODULES[:PROMPTS]]
+        return [ids[len(ids) // 2 :][:length] for ids in texts]
+    return [[(i % 16 + 16 * k) % loaded.vocab for i in range(length)] for k in range(PROMPTS)]
+
+
+def _print_speculation(found: dict[str, Any]) -> None:
+    rows = [("plain, tokens/s", *_spread(found["plain"])), ("speculated, tokens/s", *_spread(found["speculated"]))]
+    table(("", "median", "min", "max"), rows, f"{found['program']} at temperature {found['temperature']}, in turns")
+    ratio = found["speculated_tokens_per_second"] / (found["plain_tokens_per_second"] or 1.0)
+    console.print(
+        f"Speculation: {ratio:.2f} times as fast, {found['accepted_length']:.2f} tokens per call of the model of "
+        f"{found['nodes_per_tree']:.1f} nodes, {found['drafting_share']:.0%} of the time drafting."
+    )
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:

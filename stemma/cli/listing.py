@@ -82,15 +82,18 @@ def _target(backend: Backend) -> dict[str, object]:
 
 @handled
 def why_command(
-    rule: Annotated[str, typer.Argument(help="A rule or a pass; `stemma passes` lists the passes.")],
+    rule: Annotated[str, typer.Argument(help="A rule or a pass; `stemma passes` lists the passes. speculate{draft=...} too.")],
     model: Annotated[Path, typer.Argument(help="A checkpoint folder, or a module text written by --dump.")],
     count: Annotated[int, typer.Option(min=1, help="How many partial matches to show.")] = 5,
+    programs: Annotated[
+        list[str] | None, typer.Option("--program", help="For speculate: only this program, repeatable. Default: the library.")
+    ] = None,
     as_json: Annotated[bool, json_option()] = False,
 ) -> None:
-    """Show the places that a rule almost matches, and why it does not."""
-    from stemma.compiler import explain_rule
+    """Show the places that a rule almost matches, and why it does not; of speculate, why it leaves a program alone."""
+    from stemma.explain import explain_rule
 
-    found = explain_rule(rule, model, count)
+    found = explain_rule(rule, model, count, programs=programs or ())
 
     def text() -> None:
         if not found:

@@ -195,6 +195,18 @@ def test_compiled_functions_and_host_functions() -> None:
     assert found["best"] == 0 and found["scores"].tolist() == [2.0, 2.0, 0.0]
 
 
+def test_python_functions_have_one_type_each() -> None:
+    x = param("x", Tensor("f32", (2,)))
+    types = [Tensor("i32", ()), Tensor("i32", ()), Tensor("f32", (2,))]
+    calls = [ops.host(x + float(i), function="judge", type=t) for i, t in enumerate(types)]
+    region = Function("", [x], {"r": ops.cast(calls[1], dtype="f32")})
+    test = ops.gt(ops.reduce_sum(x, axes=(0,)), constant(0.0, "f32"))
+    branch = ops.cond(test, x, then=region, otherwise=region)
+    assert program_table(only({"a": calls[0], "b": branch}, x))["host"] == {"judge": "i32[()]"}
+    with pytest.raises(CompileError, match="'p' expects .* of the function 'judge'"):
+        program_table(only({"a": calls[0], "c": calls[2]}, x))
+
+
 def test_persistent_parameters_are_those_that_are_results_too() -> None:
     count, output = param("count", Tensor("i64", ())), param("output", State("output"))
     listed = only({"output": output, "count": count + 1}, count, output)

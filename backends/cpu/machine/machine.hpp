@@ -369,11 +369,10 @@ struct Machine {
     }
     if (host) return 2;
     if (!running && !waiting) return 0;
-    if (deadline && now_nanoseconds() >= deadline) return 1;
     bool served = false;
     for (auto& m : models) served |= serve(*m);
     if (!served && !running) make_room();
-    return -1;
+    return deadline && now_nanoseconds() >= deadline ? 1 : -1;  // every `advance` comes this far, however short its time
   }
   // One call for those that wait for this model: short requests whole, then what fits of longer ones; whether there was any.
   bool serve(Model& model) {

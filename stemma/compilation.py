@@ -111,7 +111,8 @@ class Compilation:
 
     def _other(self, source: Source, checkpoint: Checkpoint) -> tuple[Module, WeightStore]:
         self.report(f"tracing the model {source.name}", 0, 1)
-        preset, added = (self.preset, self.added) if source.preset is None else (source.preset, ())
+        shared = [p for p in self.added if not isinstance(p, (EarlyExit, Heads))]  # those make more of the main model
+        preset, added = (self.preset, shared) if source.preset is None else (source.preset, [])
         folder = self.dump / source.name if self.dump is not None else None
         module, records, weights = self._compiled(checkpoint, preset, added, folder, False, None, lambda loss, name: None)
         losses = [r.loss for r in records if r.loss]

@@ -110,7 +110,7 @@ class Fake:
         self.listed = [p if isinstance(p, Listed) else Listed(p) for p in programs]
         self.blob = self.lower() if blob is None else blob
         error = ctypes.create_string_buffer(1024)
-        self.library = library(extra)
+        self.library = library()
         self.handle = self.library.stemma_machine_open(
             self.config.ctypes.data, self.blob, len(self.blob), ctypes.addressof(error), 1024
         )

@@ -124,4 +124,18 @@ void stemma_noise(void*, const StemmaSampling*, float* out, int64_t count) {
 void stemma_top_k(void*, const float* x, int64_t rows, int64_t n, int64_t k, float* values, int32_t* indices) {
     for (int64_t i = 0; i < rows * k; i++) values[i] = x[i / k * n + i % k], indices[i] = (int32_t)(i % k);
 }
+
+// kind: 0 exponential, 1 logarithm, 2 softmax
+void stemma_rows(void*, int32_t kind, const float* x, int64_t rows, int64_t n, float* y) {
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        float top = kind == 2 && n ? x[0] : 0, sum = 0;
+        for (int64_t i = 0; i < n && kind == 2; i++) top = x[i] > top ? x[i] : top;
+        for (int64_t i = 0; i < n; i++) sum += y[i] = kind == 1 ? logf(x[i]) : expf(x[i] - top);
+        for (int64_t i = 0; i < n && kind == 2; i++) y[i] /= sum;
+    }
+}
+int32_t stemma_probabilities(void*, const float* logits, int64_t vocab, const StemmaSampling*, const int32_t*, int64_t, float* out) {
+    stemma_rows(nullptr, 2, logits, 1, vocab, out);
+    return 0;
+}
 }

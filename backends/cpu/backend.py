@@ -61,7 +61,9 @@ class CpuBackend(Backend):
 
     def host(self, *, title: str, kernels: Sequence[str], functions: Sequence[Mapping[str, Any]]) -> str:
         """Vectors, conversions, mathematics, the team of threads and the sampler; then kernels, launch lists and the ABI."""
-        support = render("support.hpp.j2") + CPU.preamble + render("sampling.hpp.j2") + render("probe.hpp.j2")
+        support = (
+            render("support.hpp.j2") + CPU.preamble + render("sampling.hpp.j2") + render("top_k.hpp.j2") + render("probe.hpp.j2")
+        )
         return render("host.cpp.j2", title=title, support=support, kernels=kernels, functions=functions)
 
     def layout_bytes(self, layout: str, tensor: Tensor) -> int:

@@ -1,6 +1,6 @@
 // Choosing tokens: by the sampler of the library, which adds counted noise.
 #pragma once
-#include "machine.hpp"
+#include "tensors.hpp"
 
 struct StemmaSampling {  // as in sampling.hpp.j2
   float temperature, top_p, min_p, repetition_penalty, presence_penalty;
@@ -8,6 +8,7 @@ struct StemmaSampling {  // as in sampling.hpp.j2
   uint64_t seed, sequence, position;
 };
 extern "C" int32_t stemma_sample(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length);
+extern "C" int32_t stemma_probabilities(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length, float* out);
 extern "C" void stemma_noise(void* model, const StemmaSampling* p, float* out, int64_t count);
 extern "C" void stemma_top_k(void* model, const float* x, int64_t rows, int64_t n, int64_t k, float* values, int32_t* indices);
 
@@ -74,8 +75,8 @@ inline bool op_noise(Call& call) {
 }
 inline bool op_top_k(Call& call) {
   const Value& x = call.in[0];
-  const int64_t k = call.integer(0);
-  if (x.rank < 1 || k < 1) fail("top_k: k is %lld.", (long long)k);
+  const int64_t k = call.size(0);
+  if (x.rank < 1 || k < 1 || k > 1 << 24) fail("top_k: k is %lld.", (long long)k);
   const int64_t n = x.shape[x.rank - 1];
   Value shape = x;
   shape.shape[x.rank - 1] = k;
@@ -86,12 +87,115 @@ inline bool op_top_k(Call& call) {
   return true;
 }
 
+// ---- verifiers ----
+constexpr uint64_t RESIDUAL = 0x9E3779B97F4A7C15;  // as in ir/ops/verify_draft.py
+
+// Word 0 of Philox4x32-10 with counter (2^32 - 1 - number, position, sequence), as a number between 0 and 1.
+inline double uniform(const StemmaSampling& p, uint32_t number) {
+  uint32_t c[4] = {0xFFFFFFFFu - number, (uint32_t)p.position, (uint32_t)p.sequence, (uint32_t)(p.sequence >> 32)};
+  uint32_t key[2] = {(uint32_t)p.seed, (uint32_t)(p.seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = (uint64_t)c[0] * 0xD2511F53u, b = (uint64_t)c[2] * 0xCD9E8D57u;
+    c[0] = (uint32_t)(b >> 32) ^ c[1] ^ key[0], c[1] = (uint32_t)b;
+    c[2] = (uint32_t)(a >> 32) ^ c[3] ^ key[1], c[3] = (uint32_t)a;
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return ((double)c[0] + 0.5) / 4294967296.0;
+}
+// Tokens of the nodes under the last followed one, in their order; those outside of the vocabulary are no tokens.
+inline std::vector<int32_t> drafted(const Sequences& s, int64_t vocab) {
+  std::vector<int32_t> found;
+  if (!s.tree || s.visited.empty()) return found;
+  for (int64_t i = s.visited.back() + 1; i < s.ran; ++i)
+    if (s.tree->parents[(size_t)i] == s.visited.back() && s.tree->tokens[(size_t)i] < vocab) found.push_back(s.tree->tokens[(size_t)i]);
+  return found;
+}
+struct Verified {  // the inputs of a verifier: one row of logits, and at a temperature its probabilities
+  const Sequences& s;
+  const float* logits;
+  int64_t vocab;
+  StemmaSampling p;
+  std::vector<float> probability;
+  explicit Verified(Call& call) : s(state_of<Sequences>(call.in[1])), logits(call.in[0].f32()), p(settings(call, 2)) {
+    if (call.in[0].rank != 2 || call.in[0].shape[0] != 1 || s.each.size() != 1) fail("the program is damaged: a verifier needs logits of one sequence");
+    vocab = call.in[0].shape[1];
+    const std::vector<int32_t>& history = s.each[0].tokens;
+    p.position = history.size();
+    if (!(p.temperature > 0)) return;
+    probability.resize((size_t)vocab);
+    if (stemma_probabilities(call.machine.native, logits, vocab, &p, history.data(), (int64_t)history.size(), probability.data())) probability.clear();
+  }
+};
+inline void chosen(Call& call, int32_t token) {
+  call.out[0] = tensor(I32, {1});
+  *call.out[0].i32() = token;
+}
+inline double sum_of(const std::vector<float>& x) {
+  double sum = 0;
+  for (float each : x) sum += (double)each;
+  return sum;
+}
+inline bool op_select_recursive(Call& call) {
+  if (call.count() < 10) fail("the program is damaged: an input is missing");
+  Verified v(call);
+  if (v.probability.empty()) return chosen(call, choose(call.machine, v.logits, v.vocab, v.p, v.s.each[0].tokens)), true;
+  std::vector<float>& p = v.probability;  // not normalized: `mass` is its sum
+  std::vector<float> q;
+  double mass = sum_of(p), drafts = 0;
+  if (call.count() > 10 && call.text(0) == "scores" && !v.s.visited.empty()) {
+    const Value& rows = call.in[10];
+    if (rows.rank != 2 || rows.shape[1] != v.vocab) fail("the program is damaged: draft distributions of another vocabulary");
+    const int64_t node = v.s.visited.back();
+    if (node < rows.shape[0]) q.assign(rows.f32() + node * v.vocab, rows.f32() + (node + 1) * v.vocab);
+    drafts = sum_of(q);
+  }
+  uint32_t number = 0;
+  for (int32_t token : drafted(v.s, v.vocab)) {
+    const size_t at = (size_t)token;
+    const double chance = drafts > 0 ? (double)q[at] / drafts : 0;
+    if (uniform(v.p, number++) * (chance > 0 ? chance : 1) < (double)p[at] / mass) return chosen(call, token), true;
+    if (chance > 0) {
+      for (size_t i = 0; i < p.size(); ++i) p[i] = (float)std::max((double)p[i] / mass - (double)q[i] / drafts, 0.0);
+      q[at] = p[at] = 0;
+      mass = sum_of(p), drafts = sum_of(q);
+    } else {
+      mass -= (double)p[at];
+      p[at] = 0;
+    }
+    if (!(mass > 1e-12)) return chosen(call, token), true;  // rounding alone can lead here: the residual is empty
+  }
+  // What is left, by noise of another seed, so that it is independent of what a drafter may have drawn.
+  stemma_rows(call.machine.native, ROWS_LOG, p.data(), 1, v.vocab, p.data());
+  StemmaSampling plain = {};
+  plain.temperature = 1, plain.seed = v.p.seed ^ RESIDUAL, plain.sequence = v.p.sequence, plain.position = v.p.position;
+  const int32_t token = stemma_sample(call.machine.native, p.data(), v.vocab, &plain, nullptr, 0);
+  if (token < 0) fail("No token can be chosen at position %zu.", v.s.each[0].tokens.size());
+  return chosen(call, token), true;
+}
+inline bool op_select_typical(Call& call) {
+  Verified v(call);
+  int32_t best = -1;
+  if (!v.probability.empty()) {
+    double entropy = 0;
+    std::vector<float> logs(v.probability);
+    for (float& each : logs) each += 1e-5f;
+    stemma_rows(call.machine.native, ROWS_LOG, logs.data(), 1, v.vocab, logs.data());
+    for (size_t i = 0; i < logs.size(); ++i) entropy -= (double)v.probability[i] * (double)logs[i];
+    const double bound = std::min((double)scalar_f32(call.in[10]), (double)scalar_f32(call.in[11]) * real_exp(-entropy));
+    for (int32_t token : drafted(v.s, v.vocab))
+      if ((double)v.probability[(size_t)token] > bound && (best < 0 || v.probability[(size_t)token] > v.probability[(size_t)best])) best = token;
+  }
+  return chosen(call, best >= 0 ? best : choose(call.machine, v.logits, v.vocab, v.p, v.s.each[0].tokens)), true;
+}
+
 }  // namespace choose
 
 inline const OperationEntry CHOOSE_OPERATIONS[] = {
     {"select", choose::op_select, 10, 1, 0},
     {"noise", choose::op_noise, 3, 1, 1},
     {"top_k", choose::op_top_k, 1, 2, 1},
+    {"select_recursive", choose::op_select_recursive, -1, 1, 1},
+    {"select_typical", choose::op_select_typical, 12, 1, 0},
 };
 
 }  // namespace stemma

@@ -6,6 +6,7 @@
 #include "embed.hpp"
 #include "governor.hpp"
 #include "sequences.hpp"
+#include "shapes.hpp"
 #include "tables.hpp"
 #include "tensors.hpp"
 #include "trees.hpp"
@@ -21,7 +22,7 @@ const OperationEntry* find_operation(const std::string& name) {
   static const std::unordered_map<std::string, const OperationEntry*> known = [] {
     std::unordered_map<std::string, const OperationEntry*> made;
     collect(made, SEQUENCES_OPERATIONS), collect(made, TREES_OPERATIONS), collect(made, CALLS_OPERATIONS);
-    collect(made, TENSORS_OPERATIONS), collect(made, CHOOSE_OPERATIONS), collect(made, CONSTRAINT_OPERATIONS);
+    collect(made, TENSORS_OPERATIONS), collect(made, SHAPES_OPERATIONS), collect(made, CHOOSE_OPERATIONS), collect(made, CONSTRAINT_OPERATIONS);
     collect(made, TABLES_OPERATIONS), collect(made, GOVERNOR_OPERATIONS);
     return made;
   }();

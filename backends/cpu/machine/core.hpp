@@ -105,7 +105,12 @@ struct Value {
   int64_t offset = 0;
   Ref<Object> state;     // states
 
-  int64_t elements() const { int64_t n = 1; for (int i = 0; i < rank; ++i) n *= shape[i]; return n; }
+  int64_t elements() const {
+    int64_t n = 1;
+    for (int i = 0; i < rank; ++i)
+      if (shape[i] < 0 || __builtin_mul_overflow(n, shape[i], &n) || n > (int64_t)1 << 40) fail("a tensor has a wrong size");
+    return n;
+  }
   int64_t bytes() const { return elements() * item_bytes(dtype); }
   template <class T> T* data() const {
     if (!storage) fail("the program is damaged: a value is missing");

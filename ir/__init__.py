@@ -8,6 +8,7 @@ from stemma.ir.errors import (
     ParseError,
     PassError,
     StemmaError,
+    TraceError,
     TypeMismatch,
     UnsupportedError,
     VerifyError,
@@ -26,7 +27,7 @@ from stemma.ir.weights import WeightStore
 __all__ = [
     "LEVELS", "MAIN", "OPS", "Array", "BudgetError", "CheckpointError", "CompileError", "Context", "Cost", "DType", "Dim",
     "Function", "Module", "Node", "Op", "Origin", "ParseError", "PassError", "Quantized", "Rows", "Size", "SizeLike", "State",
-    "StemmaError", "Tensor", "Tuple", "Type", "TypeMismatch", "UnsupportedError", "VerifyError", "WeightStore", "World",
-    "constant_nodes", "dim", "dtype", "evaluate_constant", "interpret", "merge_models", "ops", "parse_module", "print_module",
-    "quantize_array", "size", "stamp", "tensors_of", "topological", "verify", "walk",
+    "StemmaError", "Tensor", "TraceError", "Tuple", "Type", "TypeMismatch", "UnsupportedError", "VerifyError", "WeightStore",
+    "World", "constant_nodes", "dim", "dtype", "evaluate_constant", "interpret", "merge_models", "ops", "parse_module",
+    "print_module", "quantize_array", "size", "stamp", "tensors_of", "topological", "verify", "walk",
 ]  # fmt: skip

@@ -11,6 +11,10 @@ class TypeMismatch(StemmaError):
     """An op was given inputs or attributes that its type rule rejects."""
 
 
+class TraceError(StemmaError):
+    """A decoding program cannot be traced; the message names the user's line."""
+
+
 class VerifyError(StemmaError):
     """A module breaks a rule of its level; the message shows the node and its neighbours."""
 

@@ -28,11 +28,12 @@ from types import MappingProxyType
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from stemma.ir import size as sizes
+from stemma.ir.errors import TraceError
 from stemma.ir.function import Function
 from stemma.ir.node import Node
 from stemma.ir.ops.program import OUTPUT
 from stemma.ir.size import SizeLike
-from stemma.ir.trace_scope import Cell, Scope, TraceError, build, fail, scope, tracing
+from stemma.ir.trace_scope import Cell, Scope, build, fail, scope, tracing
 from stemma.ir.trace_states import Model, ModelSpec, Output, Sequences, Tree, emit, emitted, finish, select, tree
 from stemma.ir.trace_values import (
     Number,
@@ -64,9 +65,9 @@ from stemma.ir.types import State, Tensor, Tuple, Type
 
 __all__ = [
     "Array", "Cell", "Fixed", "Kept", "Long", "Model", "ModelSpec", "Number", "Program", "Sequences", "StopTokens", "Tokens",
-    "TraceError", "TracedProgram", "Tree", "Value", "arange", "array", "as_value", "call", "concat", "cond", "emit", "emitted",
-    "entropy", "exp", "finish", "floor", "full", "host", "log", "log_softmax", "loop", "maximum", "minimum", "noise", "program", "select", "sigmoid",
-    "softmax", "sqrt", "stack", "take_along", "top_k", "trace", "tree", "where",
+    "TraceError", "TracedProgram", "Tree", "Value", "arange", "array", "as_value", "call", "concat", "cond", "emit",
+    "emitted", "entropy", "exp", "finish", "floor", "full", "host", "log", "log_softmax", "loop", "maximum", "minimum",
+    "noise", "program", "select", "sigmoid", "softmax", "sqrt", "stack", "take_along", "top_k", "trace", "tree", "where",
 ]  # fmt: skip
 
 T = TypeVar("T")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from stemma.ir.errors import StemmaError, TypeMismatch
+from stemma.ir.errors import TraceError, TypeMismatch
 from stemma.ir.node import OPS, Node, stamp
 from stemma.ir.types import Type
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 _OWN = tuple(os.path.join("ir", f"trace{part}.py") for part in ("", "_scope", "_states", "_values"))
 """Files whose lines are never the user's."""
-
-
-class TraceError(StemmaError):
-    """A decoding program cannot be traced; the message names the user's line."""
 
 
 def user_line() -> str:

@@ -133,6 +133,31 @@ def test_short_m_at_k(prompt: list[int], seed: int, m: int) -> None:
     assert found["votes"].tolist() == [votes.get(i, 0) for i in range(6)]
 
 
+def test_long_texts_are_emitted_whole() -> None:
+    history = [5]
+    while len(history) < 101:
+        history.append(next_token(history, 1, 0.9, 3))
+    for name, prompt in (("first_finish", [5]), ("best_of_n", [5])):
+        options = OPTIONS | {"prompt": prompt, "ignore_eos": True, "max_new_tokens": 100, "sequence": 1}
+        assert run(name, fixed={"n": 1}, **options)["tokens"] == history[1:]
+
+
+@pytest.mark.parametrize(
+    "name, fixed, message",
+    [
+        ("beam_search", {"beams": 0}, "beams=0 must be an integer of at least 1"),
+        ("beam_search", {"early_stopping": "sometimes"}, 'must be True, False or "never"'),
+        ("diverse_beam_search", {"beams": 4, "groups": 3}, "4 beams are not 3 groups"),
+        ("short_m_at_k", {"m": 4, "k": 3}, "m must be at most k"),
+        ("step_beam", {"width": True}, "width=True"),
+        ("a_star", {"frontier": 1.5}, "frontier=1.5"),
+    ],
+)
+def test_fixed_options_are_checked(name: str, fixed: dict[str, Any], message: str) -> None:
+    with pytest.raises(p.TraceError, match=message):
+        p.trace(p.PROGRAMS[name], {"model": SPEC}, **fixed)
+
+
 # ---- step by step -----------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stemma.frontend.programs.common import emit_from
+from stemma.frontend.programs.common import at_least_one, emit_from
 from stemma.ir import trace as p
 
 NEVER = -1e9  # what transformers adds to the score of a hypothesis that must not be chosen
@@ -19,6 +19,9 @@ def beam_search(
     for models with several end tokens) the best `beams` without an end go on, and those that end are kept while they are among the
     best `beams` by log-probability / length ** length_penalty. early_stopping: True stops once `beams` texts have ended, False
     when no running one can be better at its present length, "never" when none can at its best length. `scores` f32[beams]."""
+    at_least_one(beams=beams)
+    if early_stopping not in (True, False, "never"):
+        raise p.TraceError(f'early_stopping={early_stopping!r} must be True, False or "never".')
     begin, keep = p.as_value(prompt.shape[0]), max(2, 1 + len(model.eos)) * beams
     text = model.start(prompt[:-1]).fork([0] * (2 * beams))  # running ones, then those that have ended, without their last token
 
@@ -57,6 +60,9 @@ def diverse_beam_search(
     """Diverse beam search (Vijayakumar et al. 2018): `groups` beam searches side by side. A group chooses by log-probability minus
     `diversity` for every time that an earlier group chose the token at this position (Hamming). A text that has ended keeps its
     place. Emits the best by log-probability / length ** length_penalty; `scores` f32[beams] are those of all."""
+    at_least_one(beams=beams, groups=groups)
+    if beams % groups:
+        raise p.TraceError(f"{beams} beams are not {groups} groups of one size.")
     each, begin, text = beams // groups, p.as_value(prompt.shape[0]), model.start(prompt[:-1]).fork([0] * beams)
 
     def body(last: p.Value, score: p.Value, done: p.Value, size: p.Value) -> tuple[Any, ...]:

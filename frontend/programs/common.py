@@ -11,6 +11,13 @@ from stemma.ir import trace as p
 CHUNK = 32
 
 
+def at_least_one(**counts: int) -> None:
+    """TraceError unless these fixed options are positive integers."""
+    for name, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise p.TraceError(f"{name}={value!r} must be an integer of at least 1.")
+
+
 def emit_from(text: p.Sequences, start: p.Value | int) -> None:
     """Emits the tokens of the one sequence from position `start` on."""
 

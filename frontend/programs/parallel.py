@@ -5,7 +5,7 @@ Host functions get the new tokens of all texts, i32[n, longest], filled with -1;
 
 from __future__ import annotations
 
-from stemma.frontend.programs.common import Sampling, Texts, votes
+from stemma.frontend.programs.common import Sampling, Texts, at_least_one, votes
 from stemma.ir import trace as p
 
 
@@ -17,6 +17,7 @@ def best_of_n(
 ) -> dict[str, p.Value]:  # fmt: skip
     """The best of n samples: of the highest mean log-probability under the model, or, with reward=True, of the highest value of the
     host function `reward(tokens) -> f32[n]`. Of equal ones the first. `scores` f32[n]."""
+    at_least_one(n=n, longest=longest)
     limit = p.minimum(max_new_tokens, longest) if reward else max_new_tokens
     sampling = Sampling(model, limit, ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = Texts.of(model, prompt, n)
@@ -45,6 +46,7 @@ def self_consistency(
 ) -> dict[str, p.Value]:  # fmt: skip
     """Self-consistency (Wang et al. 2022): the first of n samples whose answer most samples have. The host function
     `answer(tokens) -> i32[n]` numbers the answers; a negative one is none and has no vote. `answers`, `votes` i32[n]."""
+    at_least_one(n=n, longest=longest)
     sampling = Sampling(model, p.minimum(max_new_tokens, longest), ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = sampling.run(Texts.of(model, prompt, n), lambda now: now.done.all())
     answers = p.host("answer", texts.tokens(longest), type=("i32", (n,)))
@@ -59,6 +61,7 @@ def first_finish(
     seed: p.Long = 0, sequence: p.Long = 0, ignore_eos: bool = False, n: p.Fixed[int] = 4,
 ) -> None:  # fmt: skip
     """First finish search (Agarwal et al. 2025): n samples side by side; the first to end is the answer, the others are dropped."""
+    at_least_one(n=n)
     sampling = Sampling(model, max_new_tokens, ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = sampling.run(Texts.of(model, prompt, n), lambda now: now.done.any())
     texts.emit(texts.done.int().argmax())
@@ -73,6 +76,9 @@ def short_m_at_k(
     """short-m@k (Hassid et al. 2025): k samples side by side until m have ended; the majority of the answers of these m, of equal
     ones that with the shortest text. The host function `answer(tokens) -> i32[k]` numbers the answers; a negative one is none and
     has no vote. `answers`, `votes` i32[k]: votes are 0 for texts that are not among the m."""
+    at_least_one(m=m, k=k, longest=longest)
+    if m > k:
+        raise p.TraceError(f"m={m} of k={k} texts: m must be at most k.")
     sampling = Sampling(model, p.minimum(max_new_tokens, longest), ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = sampling.run(Texts.of(model, prompt, k), lambda now: now.done.int().sum() >= m)
     answers = p.host("answer", texts.tokens(longest), type=("i32", (k,)))

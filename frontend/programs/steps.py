@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stemma.frontend.programs.common import Sampling, Texts
+from stemma.frontend.programs.common import Sampling, Texts, at_least_one
 from stemma.ir import trace as p
 
 OTHER_STREAM = 1 << 40  # added to the sequence, it names noise that no sampled token has
@@ -27,6 +27,7 @@ def particle_filter(
 ) -> dict[str, p.Value]:  # fmt: skip
     """Particle filtering (Puri et al. 2025): after every step the n texts are drawn anew with probabilities softmax(score), by
     systematic resampling with counted noise; those that have ended stay as they are. Emits the best at the end. `scores` f32[n]."""
+    at_least_one(n=n, longest=longest)
     sampling = Sampling(model, p.minimum(max_new_tokens, longest), ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = Texts.of(model, prompt, n)
 
@@ -53,6 +54,7 @@ def step_beam(
 ) -> dict[str, p.Value]:  # fmt: skip
     """Beam search over steps (Snell et al. 2024): each of `beams` texts gets `width` sampled next steps, and the best `beams` of
     all by score go on; a text that has ended competes once. Emits the best at the end. `scores` f32[beams], best first."""
+    at_least_one(beams=beams, width=width, longest=longest)
     sampling = Sampling(model, p.minimum(max_new_tokens, longest), ignore_eos, temperature, top_k, top_p, seed, sequence)
     rows = beams * width
     texts = Texts.of(model, prompt, rows)  # every text `width` times in a row
@@ -80,6 +82,7 @@ def a_star(
     steps, which join the `frontier` best known texts, until an ended text is the best, or after `expansions` of them; then the
     best ended text is emitted, or the best one if none has ended. score: minus the cost so far and the estimated cost to come.
     `score` f32(), `expanded` i32()."""
+    at_least_one(width=width, frontier=frontier, longest=longest)
     sampling = Sampling(model, p.minimum(max_new_tokens, longest), ignore_eos, temperature, top_k, top_p, seed, sequence)
     texts = Texts.of(model, prompt, frontier + width)  # the frontier, best first, then the next steps of its first
     places, new = p.arange(frontier + width), slice(frontier, None)

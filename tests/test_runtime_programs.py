@@ -211,6 +211,43 @@ def test_a_long_program_lets_other_threads_have_their_turn(model: Model) -> None
 
 
 @p.program
+def drafted(model: p.Model, prompt: p.Tokens, *, max_new_tokens: int = 24) -> None:
+    """A Python function drafts three tokens after the last; as many as are right are taken in one call of the model."""
+    text = model.start(prompt[:-1])
+
+    def turn(token: Any) -> Any:
+        tree = p.tree(token, 4, size=4)
+        guesses = p.host("draft", text.history(0, fake.CONTEXT), token, type=("i32", (3,)))
+        for i in range(3):
+            tree.extend(p.array([i]), guesses[i : i + 1], p.array([1.0]))
+        text.expand(tree, fresh=4)
+
+        def step(token: Any) -> Any:
+            token = text.follow(token).argmax()
+            p.emit(token)
+            return (p.emitted() < max_new_tokens) & text.has_child(token), token
+
+        token = p.loop(step, token)
+        text.settle()
+        return p.emitted() < max_new_tokens, token
+
+    p.loop(turn, prompt[-1:])
+
+
+@pytest.mark.parametrize("right", [0, 1, 3])
+def test_statistics_of_drafted_trees(model: Model, right: int) -> None:
+    def draft(history: Any, token: Any) -> Any:
+        ids = [int(t) for t in history[0] if t >= 0] + [int(token[0])]
+        return [(t + (i >= right)) % fake.VOCAB for i, t in enumerate(follow(ids, 3))]
+
+    found = model.run(drafted, [3, 7], host={"draft": draft})
+    s, trees = found.statistics, 24 // (right + 1)
+    assert found.tokens == follow([3, 7], 24)
+    assert (s.trees, s.nodes, s.followed) == (trees, 4 * trees, 24) and s.followed_per_tree == right + 1
+    assert s.models["model"]["calls"] == trees
+
+
+@p.program
 def longer(model: p.Model, prompt: p.Tokens, other: p.Tokens) -> Any:
     """Emits the longer of two rows of tokens."""
     sizes: list[Any] = [p.as_value(text.shape[0]) for text in (prompt, other)]

@@ -102,11 +102,16 @@ def decode(
     statistics.prompt_tokens += sum(len(request.ids) for request in requests)
     machine = machines.take(job.key, job.blob)
     run = _Run(machine, job, requests, statistics, batch)
+    intact = True
     try:
         yield from run.loop()
+    except KeyboardInterrupt:  # it may have come between any two steps, so what the machine holds is not known
+        intact = False
+        raise
     finally:
         run.close()
-        machines.give(job.key, machine)
+        if intact:
+            machines.give(job.key, machine)
     if "context" in statistics.finish:
         warnings.warn(
             f"The answer to {statistics.finish.count('context')} of {len(requests)} prompts was cut: prompt and answer together"

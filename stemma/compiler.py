@@ -104,7 +104,7 @@ def compile(
     from stemma.compilation import Compilation
     from stemma.frontend.hf import load_checkpoint
     from stemma.library import find_program
-    from stemma.passes.pipelines import pipeline, program_passes
+    from stemma.passes.pipelines import pipeline
     from stemma.passes.registry import make_pass
     from stemma.sources import further_models, needs_of
 
@@ -117,7 +117,7 @@ def compile(
     others = further_models(models)
     for name in (preset, *(s.preset or preset for s in others)):
         pipeline(name, added, causal=True, rows=rows)
-    needs = needs_of(program_passes(added), [s.name for s in others])
+    needs = needs_of(added, [s.name for s in others])
     wanted = [find_program(p) for p in programs or ()]
     text = read_text(calibration) if calibration is not None else None
     report("reading the checkpoint", 0, 1)

@@ -97,8 +97,14 @@ def listed(programs: Sequence[Program], models: Mapping[str, ModelInfo]) -> list
     specs = {n: ModelSpec(m.vocab, m.width, m.eos, m.context or UNBOUNDED) for n, m in models.items()}
     found: list[Listed] = []
     for program in programs:
-        used = {n: s for n, s in specs.items() if n in model_names(program)}
-        traced = trace(program, used)
+        wanted = model_names(program)
+        for name in wanted:
+            if name not in specs:
+                have = ", ".join(specs)
+                raise StemmaError(
+                    f"The program {program.name!r} needs a model called {name!r}; given: {have}. Add --model {name}=FOLDER."
+                )
+        traced = trace(program, {n: s for n, s in specs.items() if n in wanted})
         if any(f.function.name == program.name for f in found):
             raise StemmaError(f"Two programs are called {program.name!r}. Rename one.")
         found.append(Listed(traced.function, traced.defaults))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ def further_models(given: Mapping[str, str | Path | Source] | Sequence[str | Sou
     return tuple(found)
 
 
-def needs_of(passes: Iterable[Pass], names: Sequence[str]) -> Needs:
+def needs_of(passes: Sequence[Pass], names: Sequence[str]) -> Needs:
     """What all these passes need or make; StemmaError for a model that was not given, or is made twice."""
     all_needs = [(p.name, p.needs()) for p in passes]
     for owner, needs in all_needs:
@@ -69,7 +69,7 @@ def needs_of(passes: Iterable[Pass], names: Sequence[str]) -> Needs:
                 have = f"given: {', '.join(names)}" if names else "none was given"
                 raise StemmaError(f"The pass {owner!r} needs a model called {name!r}; {have}. Add --model {name}=FOLDER.")
     early = tuple(dict.fromkeys(e for _, needs in all_needs for e in needs.early))
-    made = [*names, *(name for name, _ in early)]
+    made = [*names, *(name for name, _ in early), *(p.model for p in passes if isinstance(p, EarlyExit))]
     for name in made:
         if made.count(name) > 1:
             raise StemmaError(f"Two models are called {name!r}. Give the model that stops early another name.")
@@ -137,7 +137,6 @@ def related(
     if info.vocab == main.vocab and tokens == others:
         return info, entry
     to_target, from_target = translation(others, tokens, info.vocab), translation(tokens, others, main.vocab)
-    common = int(np.count_nonzero(from_target >= 0))
     if drafts and not _shared(tokens, others):
         raise StemmaError(
             f"The model {name!r} in {other.folder} cannot draft for {target.folder}: their vocabularies have no token in common. "
@@ -146,6 +145,7 @@ def related(
     for source, table, end in ((info, to_target, main.eos), (main, from_target, info.eos)):
         if source.eos and end and table[source.eos[0]] < 0:
             table[source.eos[0]] = end[0]
+    common = int(np.count_nonzero(from_target >= 0))
     notes.append(f"The model {name!r} has another tokenizer: {common} of the model's {main.vocab} tokens are also its own.")
     entry = {"tokenizer": "another", "common_tokens": common}
     return ModelInfo(info.vocab, info.width, info.context, info.eos, to_target, from_target), entry

@@ -17,7 +17,7 @@ from tests.commands import as_json, refused, run, succeeded
 from tests.conftest import Artifacts
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("compile", "run", "inspect", "bench", "verify", "passes", "ops", "targets", "why")
+COMMANDS = ("compile", "run", "inspect", "bench", "verify", "passes", "programs", "ops", "targets", "why")
 SAMPLED = ("--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01, "--repetition-penalty", 1.1, "--seed", 5)
 
 
@@ -160,7 +160,8 @@ def test_dumps_re_enter(source: Path, tmp_path: Path) -> None:
     dumps = tmp_path / "dumps"
     succeeded("compile", source, "-o", tmp_path / "a", "--variants", "native", "--dump", dumps)
     steps = [p.name for p in pipeline("exact", (), causal=True, rows=512)]
-    assert sorted(p.name for p in dumps.iterdir()) == ["00_frontend.txt", *(f"{i + 1:02d}_{n}.txt" for i, n in enumerate(steps))]
+    states = ["00_frontend.txt", *(f"{i + 1:02d}_{n}.txt" for i, n in enumerate(steps))]
+    assert sorted(p.name for p in dumps.iterdir()) == [*states, "programs"]
     middle = f"{steps.index('incremental'):02d}_{steps[steps.index('incremental') - 1]}.txt"
     succeeded("compile", source, "-o", tmp_path / "b", "--variants", "native", "--dump", dumps, "--start-after", middle)
     manifests = [as_json("inspect", tmp_path / name) for name in "ab"]

@@ -52,11 +52,23 @@ template <class T> struct Ref {
   Ref(T* q) : p(q) { if (p) ++p->references; }
   Ref(const Ref& o) : Ref(o.p) {}
   Ref(Ref&& o) noexcept : p(o.p) { o.p = nullptr; }
-  Ref& operator=(Ref o) noexcept { std::swap(p, o.p); return *this; }
-  ~Ref() { if (p && --p->references == 0) delete p; }
+  Ref& operator=(const Ref& o) { return *this = Ref(o); }
+  Ref& operator=(Ref&& o) noexcept {
+    T* const taken = o.p;
+    o.p = nullptr;
+    T* const old = p;
+    p = taken;
+    if (old) drop(old);
+    return *this;
+  }
+  ~Ref() { if (p) drop(p); }
   T* operator->() const { return p; }
   T& operator*() const { return *p; }
   explicit operator bool() const { return p; }
+
+ private:
+  static void drop(T* q) { if (--q->references == 0) destroy(q); }
+  [[gnu::noinline]] static void destroy(T* q) { delete q; }
 };
 
 enum DType : int32_t { F32 = 0, I32 = 1, I64 = 2, BOOL = 3, STATE = 4 };
@@ -122,6 +134,10 @@ struct Value {
   int64_t* i64() const { return expect(I64), data<int64_t>(); }
   uint8_t* flags() const { return expect(BOOL), data<uint8_t>(); }
   bool empty() const { return !storage && !state; }
+  void clear() {
+    if (storage) storage = Ref<Storage>();
+    if (state) state = Ref<Object>();
+  }
 };
 inline Value tensor(DType dtype, std::initializer_list<int64_t> shape) {
   Value v;
@@ -233,6 +249,7 @@ struct Tree : Object {
   int64_t size = 1, limit = 1;
   std::vector<int32_t> tokens, parents, sources, ranks, depths;  // rank: place among the siblings of one source; depth of the root: 0
   std::vector<float> scores;
+  double drafting = 0;  // seconds that it took to draft, as `prune` measured
   Object* clone() const override { return new Tree(*this); }
   int64_t count() const { return (int64_t)tokens.size(); }
   int32_t child(int32_t parent, int32_t token) const {
@@ -274,6 +291,8 @@ struct Sequences : Object {      // State["sequences", ...]
   std::vector<int32_t> node_slots;              // of each such node; -1: it was not run, as it lies beyond the context
   std::vector<Value> node_logits, node_hidden;  // of each such node: views f32[vocab], f32[width]
   std::vector<int32_t> visited;                 // nodes followed, root first; `each[0].tokens` includes their tokens
+  int64_t expand_rows = 0, expand_batch = 0;    // of the last `expand`, run in one call: its rows, the call's; 0: not known
+  double expand_seconds = 0;                    // of that call
   std::vector<TableRow> tree_rows;              // table rows of the paths to the tree's second, third, ... leaf
   Sequences() {}
   Sequences(const Sequences&);                  // shares every slot

@@ -230,9 +230,9 @@ struct Machine {
   }
 
   // ---- running one instance ----
-  static Value take(Frame& frame, int32_t input) {
-    if (input >= 0) return frame.registers[(size_t)input];
-    return std::move(frame.registers[(size_t)(-1 - input)]);
+  static void take(Frame& frame, int32_t input, Value& into) {
+    if (input >= 0) into = frame.registers[(size_t)input];
+    else into = std::move(frame.registers[(size_t)(-1 - input)]);
   }
   // Runs until the instance waits, is done, fails, or the time is over.
   void run(Instance& instance) {
@@ -266,7 +266,7 @@ struct Machine {
 
   void execute(Instance& instance, Frame& frame, const Instruction& code) {
     if (!instance.gathered) {
-      for (size_t i = 0; i < code.inputs.size(); ++i) instance.in[i] = take(frame, code.inputs[i]);
+      for (size_t i = 0; i < code.inputs.size(); ++i) take(frame, code.inputs[i], instance.in[i]);
       instance.gathered = true;
       instance.stage = 0;
     }
@@ -279,21 +279,23 @@ struct Machine {
     }
     instance.gathered = false;
     ++frame.next;
-    for (size_t i = 0; i < code.inputs.size(); ++i) instance.in[i] = Value();
+    for (size_t i = 0; i < code.inputs.size(); ++i) instance.in[i].clear();
     for (size_t i = 0; i < code.outputs.size(); ++i) {
       if (code.outputs[i] >= 0) frame.registers[(size_t)code.outputs[i]] = std::move(instance.out[i]);
-      instance.out[i] = Value();
+      else instance.out[i].clear();
     }
   }
   void region(Instance& instance, Frame& frame, const Instruction& code) {
     size_t first = 0, which = 0;
     if (code.kind == Instruction::COND) {
-      which = truth(take(frame, code.inputs[0])) ? 0 : 1;
+      Value test;
+      take(frame, code.inputs[0], test);
+      which = truth(test) ? 0 : 1;
       first = 1;
     }
     Frame& inner = enter(instance, instance.program->blocks[(size_t)code.attributes[which].integer]);
     for (size_t i = first; i < code.inputs.size(); ++i)
-      inner.registers[(size_t)inner.block->parameters[i - first]] = take(frame, code.inputs[i]);
+      take(frame, code.inputs[i], inner.registers[(size_t)inner.block->parameters[i - first]]);
   }
   static bool truth(const Value& v) {
     if (v.rank) fail("the program is damaged: a condition has several values");
@@ -326,7 +328,7 @@ struct Machine {
       if (++instance.turns > MAX_TURNS) fail("A loop ran %lld times without a model call or a token: it may never end.", (long long)MAX_TURNS);
       return instance.turns % 1024 || !deadline || now_nanoseconds() < deadline;
     }
-    for (Value& v : frame.registers) v = Value();
+    for (Value& v : frame.registers) v.clear();
     --instance.depth;
     ++outer.next;
     for (size_t i = 0; i < code.outputs.size(); ++i)

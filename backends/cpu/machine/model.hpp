@@ -62,6 +62,8 @@ struct Request {
   std::vector<float> weights;   // [outputs, mix]
   std::vector<int32_t> pinned;  // table rows that must stay until it is served
   int64_t outputs = 0, done = 0;
+  int64_t batch = 0;            // rows of the call that served it whole and computed outputs of all; 0: there was none such
+  double seconds = 0;           // of that call
   Value logits, hidden;  // f32[outputs, vocab], f32[outputs, width]
 };
 
@@ -170,19 +172,21 @@ struct Model : ModelSpec {
   }
   // Runs the call; nanoseconds. An Error when the kernels report one; the requests are then unfinished.
   int64_t run(Pages& arena) {
-    std::vector<Part> parts = std::move(parts_);
-    std::vector<int32_t> chosen = std::move(chosen_);
-    const int64_t n = gathered_, wanted = (int64_t)chosen.size();
-    parts_.clear(), chosen_.clear(), gathered_ = 0;
-    std::copy(chosen.begin(), chosen.end(), selected_.begin());
+    running_.swap(parts_);
+    parts_.clear();
+    const int64_t n = gathered_, wanted = (int64_t)chosen_.size();
+    std::copy(chosen_.begin(), chosen_.end(), selected_.begin());
+    chosen_.clear(), gathered_ = 0;
     const int64_t outputs = wanted || !needs_output ? wanted : 1;
     if (outputs > wanted) selected_[0] = (int32_t)n - 1;  // logits for nobody
     Value logits = buffer(outputs, vocab), hidden = buffer(outputs, width);
     int64_t sizes[MAX_SIZES] = {};
     size_values(sizes, {n, outputs, (int64_t)table_rows_.size(), width_, capacity});
-    const int64_t bytes = stemma_arena_bytes(handle, function, sizes);
+    const int64_t bytes = memcmp(sizes, last_sizes_, sizeof sizes) ? stemma_arena_bytes(handle, function, sizes) : last_bytes_;
     if (bytes < 0) fail("The kernels of the model '%s' refuse %lld rows in %lld slots.", name.c_str(), (long long)n, (long long)capacity);
     if (bytes > arena.bytes || !arena.data) arena = Pages::of(bytes + bytes / 4, "intermediate values");
+    memcpy(last_sizes_, sizes, sizeof sizes);
+    last_bytes_ = bytes;
     void* fixed[BUFFER_CODES] = {};
     fixed[TOKENS] = tokens_.data(), fixed[POSITIONS] = positions_.data(), fixed[ROW_SLOTS] = slots_.data(), fixed[SEQUENCE] = sequence_.data();
     fixed[TABLE] = table_.data, fixed[SELECTED] = selected_.data(), fixed[WEIGHTS] = weights_.data();
@@ -197,7 +201,11 @@ struct Model : ModelSpec {
     ++calls, run_rows += n, run_outputs += outputs, seconds += (double)took * 1e-9;
     float& average = cost[(size_t)n];
     average = average ? 0.9f * average + 0.1e-9f * (float)took : 1e-9f * (float)took;
-    for (const Part& part : parts) finish(part, logits, hidden);
+    for (const Part& part : running_) {
+      finish(part, logits, hidden);
+      part.request->batch = part.whole && outputs == n ? n : 0;
+      part.request->seconds = (double)took * 1e-9;
+    }
     return took;
   }
 
@@ -349,7 +357,8 @@ struct Model : ModelSpec {
   uint64_t stamps_ = 0, uses_of_rows_ = 0;
   std::vector<int32_t> tokens_, positions_, slots_, sequence_, selected_, chosen_;
   std::vector<float> weights_;
-  std::vector<Part> parts_;
+  std::vector<Part> parts_, running_;
+  int64_t last_sizes_[MAX_SIZES] = {}, last_bytes_ = 0;
   int64_t gathered_ = 0;
   std::vector<void*> pointers_;
   std::vector<std::pair<char*, int64_t>> spare_;

@@ -50,6 +50,7 @@ from stemma.ir.trace_values import (
     host,
     log,
     log_softmax,
+    logsumexp,
     maximum,
     minimum,
     noise,
@@ -66,7 +67,7 @@ from stemma.ir.types import State, Tensor, Tuple, Type
 __all__ = [
     "Array", "Cell", "Fixed", "Kept", "Long", "Model", "ModelSpec", "Number", "Program", "Sequences", "StopTokens", "Tokens",
     "TraceError", "TracedProgram", "Tree", "Value", "arange", "array", "as_value", "call", "concat", "cond", "emit",
-    "emitted", "entropy", "exp", "finish", "floor", "full", "host", "log", "log_softmax", "loop", "maximum", "minimum",
+    "emitted", "entropy", "exp", "finish", "floor", "full", "host", "log", "log_softmax", "logsumexp", "loop", "maximum", "minimum",
     "noise", "program", "select", "sigmoid", "softmax", "sqrt", "stack", "take_along", "top_k", "trace", "tree", "where",
 ]  # fmt: skip
 

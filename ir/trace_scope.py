@@ -20,7 +20,7 @@ from stemma.ir.types import Type
 if TYPE_CHECKING:
     from stemma.ir.trace_values import Value
 
-_OWN = tuple(os.path.join("ir", f"trace{part}.py") for part in ("", "_scope", "_states", "_values"))
+_OWN = tuple(os.path.join("ir", f"trace{part}.py") for part in ("", "_constraint", "_scope", "_states", "_values"))
 """Files whose lines are never the user's."""
 
 

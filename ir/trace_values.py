@@ -427,6 +427,12 @@ def log_softmax(x: Value) -> Value:
     return below - log(exp(below).sum(-1)[..., None])
 
 
+def logsumexp(x: Value) -> Value:
+    """log(sum(exp(x))) over the last axis, stable: what log-probabilities are below logits."""
+    top = x.max(-1)
+    return top + log(exp(x - top[..., None]).sum(-1))
+
+
 def softmax(x: Value) -> Value:
     """exp(x) / sum(exp(x)) over the last axis, stable."""
     return Value(build("softmax", x.node, axis=max(x.rank, 1) - 1))

@@ -112,7 +112,8 @@ def test_functions_of_values() -> None:
     def compute(x: Annotated[p.Value, p.Array("f32", 2, 3)], n: Annotated[p.Value, p.Array("i32", "rows")]) -> dict[str, p.Value]:
         values, indices = p.top_k(x, 2)
         return {
-            "logp": p.log_softmax(x), "soft": p.softmax(x), "entropy": p.entropy(x), "values": values, "indices": indices,
+            "logp": p.log_softmax(x), "soft": p.softmax(x), "sum": p.logsumexp(x), "entropy": p.entropy(x),
+            "values": values, "indices": indices,
             "where": p.where(x > 0, 1, 2.5), "stack": p.stack(n[0], n[-1], 7), "concat": p.concat(x, [[1.0, 2.0, 3.0]]),
             "put": x.put(1, [9.0, 8.0, 7.0]), "puts": x.put([2, 0], -1.0, axis=1), "along": p.take_along(x, indices),
             "array": p.array([[1, 2], [3, 4]]), "full": p.full((2, 2), 0.5), "count": p.arange(n.shape[0]) + p.as_value(n.shape[0]),
@@ -125,6 +126,7 @@ def test_functions_of_values() -> None:
     with np.errstate(divide="ignore"):
         np.testing.assert_allclose(found["logp"], np.log(soft), rtol=1e-5)
     np.testing.assert_allclose(found["soft"], soft, rtol=1e-5)
+    np.testing.assert_allclose(found["sum"], np.log(np.exp(finite).sum(-1)), rtol=1e-5)
     np.testing.assert_allclose(found["entropy"], [-(r[r > 0] * np.log(r[r > 0])).sum() for r in soft], rtol=1e-5)
     assert found["indices"].tolist() == [[2, 0], [0, 1]] and found["values"].tolist() == [[3.0, 1.0], [0.5, 0.25]]
     assert found["where"].tolist() == [[1.0, 2.5, 1.0], [1.0, 1.0, 2.5]] and found["stack"].tolist() == [4, 9, 7]

@@ -28,8 +28,9 @@ def beam_search(
     def body(token: p.Value, running: p.Value, ended: p.Value, done: p.Value, last: p.Value, size: p.Value) -> tuple[Any, ...]:
         logits = text.step(p.concat(token, p.full(beams, -1)))[:beams]
         size = size + 1
-        values, flat = p.top_k((p.log_softmax(logits) + running[:, None]).reshape(beams * model.vocab), keep)
-        parent, token = flat // model.vocab, flat % model.vocab
+        each, tokens = p.top_k(logits, keep)
+        values, flat = p.top_k((each + (running - p.logsumexp(logits))[:, None]).reshape(beams * keep), keep)
+        parent, token = flat // keep, tokens.reshape(beams * keep)[flat]
         hit = model.is_end(token) | (size >= max_new_tokens)
         full = done.all() & (early_stopping is True)
         running, go_on = p.top_k(p.where(hit, values + NEVER, values), beams)

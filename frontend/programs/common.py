@@ -86,14 +86,18 @@ class Sampling:
     seed: p.Value | int
     sequence: p.Value | int
 
-    def extend(self, texts: Texts, open: p.Value) -> tuple[Texts, p.Value]:
-        """One more token for the texts that are `open` bool[n]; the texts, and the logits f32[n, vocab] they were chosen from."""
+    def extend(self, texts: Texts, open: p.Value, first: int = 0) -> tuple[Texts, p.Value]:
+        """One more token for the texts that are `open` bool[n], none of which is before the `first`.
+
+        Gives the texts, and the logits f32[n, vocab] from which the tokens were chosen.
+        """
         sequences, n = texts.sequences, texts.sequences.count
         logits = sequences.step(p.where(open, texts.last, -1))
         chosen = p.select(
-            logits, sequences, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed,
-            sequence=self.sequence * n,
+            logits[first:], sequences.fork(list(range(first, n))) if first else sequences, temperature=self.temperature,
+            top_k=self.top_k, top_p=self.top_p, seed=self.seed, sequence=self.sequence * n + first,
         )  # fmt: skip
+        chosen = p.concat(texts.last[:first], chosen) if first else chosen
         last, size = p.where(open, chosen, texts.last), texts.size + open.int()
         ended = ~p.as_value(self.ignore_eos) & self.model.is_end(last)
         return texts.at(last, texts.done | open & (ended | (size >= self.limit)), size), logits
@@ -107,17 +111,19 @@ class Sampling:
 
         return texts.at(*p.loop(body, *texts.state))
 
-    def step(self, texts: Texts, newlines: p.Value, span: p.Value | int, active: p.Value | bool = True) -> Texts:
-        """Extends the unfinished and `active` texts to the end of a step: one of `newlines`, or `span` tokens."""
+    def step(self, texts: Texts, newlines: p.Value, span: p.Value | int, first: int = 0) -> Texts:
+        """Extends the unfinished texts, from the `first` on, to the end of a step: one of `newlines`, or `span` tokens."""
 
         def body(open: p.Value, taken: p.Value, *state: p.Value) -> tuple[Any, ...]:
-            now, _ = self.extend(texts.at(*state), open)
+            now, _ = self.extend(texts.at(*state), open, first)
             line = (now.last[:, None] == newlines[None, :]).any(1)
             taken = taken + open.int()
             open = open & ~now.done & ~line & (taken < span)
             return open.any(), open, taken, *now.state
 
-        _, _, *state = p.loop(body, ~texts.done & active, p.full(texts.sequences.count, 0), *texts.state)
+        count = texts.sequences.count
+        open = ~texts.done & (p.arange(count) >= first) if first else ~texts.done
+        _, _, *state = p.loop(body, open, p.full(count, 0), *texts.state)
         return texts.at(*state)
 
 

@@ -25,7 +25,7 @@ def best_of_n(
     def body(total: p.Value, *state: p.Value) -> tuple[p.Value, ...]:
         open = ~state[1]
         now, logits = sampling.extend(texts.at(*state), open)
-        likely = p.take_along(p.log_softmax(logits), now.last[:, None])[:, 0]
+        likely = p.take_along(logits, now.last[:, None])[:, 0] - p.logsumexp(logits)
         return ~now.done.all(), p.where(open, total + likely, total), *now.state
 
     if reward:

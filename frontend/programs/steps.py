@@ -89,7 +89,7 @@ def a_star(
 
     def body(rank: p.Value, count: p.Value, *state: p.Value) -> tuple[Any, ...]:
         now = texts.at(*state).keep(p.where(places < frontier, places, 0))
-        now = sampling.step(now, newlines, span, places >= frontier)
+        now = sampling.step(now, newlines, span, frontier)
         known = p.where(p.arange(frontier) == 0, float("-inf"), rank)  # the one that was expanded leaves
         rank, best = p.top_k(p.concat(known, host_scores(now, longest)[new]), frontier)
         now = now.keep(p.concat(best, p.full(width, 0)))

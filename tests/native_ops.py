@@ -118,3 +118,32 @@ def native_error(name: str, *arrays: Any, **attrs: Any) -> str:
         return str(error)
     finally:
         fake.close()
+
+
+# ---- states -----------------------------------------------------------------------------------------------------------
+
+VOCAB = 9
+
+
+def started(history: Node) -> Node:
+    """A sequence of the fake model that begins with a row of tokens."""
+    node: Node = ops.start(history, model="model", vocab=VOCAB, width=2)
+    return node
+
+
+def followed(history: Node, tree: Node, path: Node, length: int) -> Node:
+    """The sequence after a tree was expanded and `length` tokens of a path, i32[length], were followed."""
+    text = ops.get(ops.expand(started(history), tree, fresh=1), index=0)
+    for i in range(length):
+        text = ops.get(ops.follow(text, ops.slice(path, axis=0, start=i, stop=i + 1)), index=0)
+    return text
+
+
+def drawn(root: int, nodes: list[tuple[int, int, float]], size: int, source: int = 0) -> Node:
+    """A tree of (parent, token, score) under a root."""
+    tree = ops.tree(ops.array(values=(root,)), ops.constant(value=size, dtype="i32"), size=size)
+    if nodes:
+        parents, tokens, scores = zip(*nodes, strict=True)
+        columns = ops.array(values=parents), ops.array(values=tokens), ops.array(values=scores, dtype="f32")
+        tree = ops.get(ops.tree_extend(tree, *columns, source=source), index=0)
+    return tree

@@ -126,7 +126,7 @@ class SuffixLookup(ProgramOp):
 class TrieLearn(ProgramOp):
     """`trie_learn(trie, sequences of 1, start i32(), branch=) -> trie`: counts the runs of up to `branch` tokens that end at or
     after position `start` of the text. Learning a text part by part is learning it whole; a run is counted when the run without its
-    last token is there. Mixed tokens break runs."""
+    last token was there before. Mixed tokens break runs."""
 
     name = "trie_learn"
 
@@ -142,12 +142,14 @@ class TrieLearn(ProgramOp):
         text, counts = sequences.histories[0], dict(trie.counts)
         for end in range(max(int(start), 0), len(text)):
             while len(counts) + branch > trie.capacity:
-                counts = {run: n // 2 for run, n in counts.items() if n > 1}
-            for length in range(1, min(branch, end + 1) + 1):
+                halved: dict[tuple[int, ...], int] = {}
+                for run, n in counts.items():  # parents come before children; a run may be lost with the one before it
+                    if n > 1 and (len(run) == 1 or run[:-1] in halved):
+                        halved[run] = n // 2
+                counts = halved
+            for length in range(min(branch, end + 1), 0, -1):
                 run = text[end + 1 - length : end + 1]
-                if isinstance(run[0], tuple):
-                    break
-                if length == 1 or run[:-1] in counts:
+                if not any(isinstance(t, tuple) for t in run) and (length == 1 or run[:-1] in counts):
                     counts[run] = counts.get(run, 0) + 1
         return TrieValue(trie.capacity, counts)
 
@@ -171,17 +173,17 @@ class TrieDraft(ProgramOp):
     def evaluate(self, ctx: Any, trie: Any, sequences: Any, tree: Any, *, branch: int, source: int) -> Any:
         text, below = (*sequences.histories[0], tree.tokens[0]), trie.children()
         for length in range(min(branch - 1, len(text)), 0, -1):
-            heap: list[tuple[float, int, int, tuple[int, ...], int, float]] = []
+            heap: list[tuple[float, int, int, int, tuple[int, ...], float]] = []
 
             def offer(run: tuple[int, ...], node: int, value: float, depth: int) -> None:
                 for longer in below.get(run, ()):
                     score = min(float(np.float32(trie.counts[longer] / trie.counts[run])), 1.0)
-                    heapq.heappush(heap, (-value * score, depth, longer[-1], longer, node, score))
+                    heapq.heappush(heap, (-value * score, depth, longer[-1], node, longer, score))
 
             if text[len(text) - length :] in trie.counts:
                 offer(text[len(text) - length :], 0, 1.0, 1)
             while heap:
-                value, depth, token, run, parent, score = heapq.heappop(heap)
+                value, depth, token, parent, run, score = heapq.heappop(heap)
                 tree, node = tree.add(parent, token, score, source)
                 if node < 0:
                     return tree
@@ -193,10 +195,10 @@ class TrieDraft(ProgramOp):
 
 
 def likeliest(row: Any, k: int) -> tuple[tuple[int, float], ...]:
-    """The k likeliest tokens of a row of logits with their probabilities, f32; ties to the lower token."""
+    """The tokens of the k largest logits of a row with their probabilities, f32; ties to the lower token."""
     p = np.exp(row.astype(np.float64) - row.max())
     p = (p / p.sum()).astype(np.float32)
-    return tuple((int(t), float(p[t])) for t in np.argsort(-p, kind="stable")[:k])
+    return tuple((int(t), float(p[t])) for t in np.argsort(-row, kind="stable")[:k])
 
 
 class NgramsLearn(ProgramOp):

@@ -90,9 +90,9 @@ inline bool op_top_k(Call& call) {
 // ---- verifiers ----
 constexpr uint64_t RESIDUAL = 0x9E3779B97F4A7C15;  // as in ir/ops/verify_draft.py
 
-// Word 0 of Philox4x32-10 with counter (2^32 - 1 - number, position, sequence), as a number between 0 and 1.
-inline double uniform(const StemmaSampling& p, uint32_t number) {
-  uint32_t c[4] = {0xFFFFFFFFu - number, (uint32_t)p.position, (uint32_t)p.sequence, (uint32_t)(p.sequence >> 32)};
+// A word of Philox4x32-10 with counter (first, position, sequence).
+inline uint32_t philox(const StemmaSampling& p, uint32_t first, int word) {
+  uint32_t c[4] = {first, (uint32_t)p.position, (uint32_t)p.sequence, (uint32_t)(p.sequence >> 32)};
   uint32_t key[2] = {(uint32_t)p.seed, (uint32_t)(p.seed >> 32)};
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = (uint64_t)c[0] * 0xD2511F53u, b = (uint64_t)c[2] * 0xCD9E8D57u;
@@ -100,7 +100,11 @@ inline double uniform(const StemmaSampling& p, uint32_t number) {
     c[2] = (uint32_t)(a >> 32) ^ c[3] ^ key[1], c[3] = (uint32_t)a;
     key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
   }
-  return ((double)c[0] + 0.5) / 4294967296.0;
+  return c[word];
+}
+inline double uniform(const StemmaSampling& p, uint32_t number) { return ((double)philox(p, 0xFFFFFFFFu - number, 0) + 0.5) / 4294967296.0; }
+inline double noise_of(const StemmaSampling& p, int32_t token) {  // Gumbel noise of one token
+  return -real_log(-real_log(((double)philox(p, (uint32_t)token / 4, token % 4) + 0.5) / 4294967296.0));
 }
 // Tokens of the nodes under the last followed one, in their order; those outside of the vocabulary are no tokens.
 inline std::vector<int32_t> drafted(const Sequences& s, int64_t vocab) {

@@ -186,7 +186,8 @@ inline Value& own_tensor(Value& v) {
 // ---- programs ----
 struct Attribute {  // one attribute of an operation
   enum Kind : int32_t { NONE, INT, FLOAT, TEXT, LIST, REGION, TYPE, SIZE } kind = NONE;
-  int64_t integer = 0;                              // INT (also bool); REGION: the block; TEXT: the string's number; TYPE: the dtype
+  // INT (also bool); REGION: the block; TEXT: the string's number; TYPE: the dtype
+  int64_t integer = 0;
   double number = 0;                                // FLOAT
   std::vector<Attribute> items;                     // LIST; TYPE: the sizes (INT or SIZE)
   std::vector<std::pair<int32_t, int64_t>> postfix;  // SIZE: (operation, value)
@@ -204,7 +205,8 @@ struct StateEntry {  // how an empty state of a kind is made (what persistent pa
   const char* kind;
   Object* (*make)(const std::vector<int64_t>& arguments);
 };
-Object* make_state(const std::string& kind, const std::vector<int64_t>& arguments);  // from the tables of StateEntry; fails if unknown
+// from the tables of StateEntry; fails if unknown
+Object* make_state(const std::string& kind, const std::vector<int64_t>& arguments);
 
 struct Instruction {
   enum Kind : int32_t { PLAIN, LOOP, COND, PLAN } kind = PLAIN;
@@ -218,7 +220,8 @@ struct Block {
   std::vector<int32_t> parameters, results;
   std::vector<std::pair<int32_t, Value>> constants;  // registers that are set when the block is entered
   std::vector<bool> last;                            // of each result: whether its register may be moved out
-  std::vector<int32_t> restored;                     // constants that are set again before each turn, as the code changes their registers
+  // constants that are set again before each turn, as the code changes their registers
+  std::vector<int32_t> restored;
   std::vector<Instruction> code;
 };
 
@@ -247,7 +250,8 @@ struct Call {
 // ---- trees ----
 struct Tree : Object {
   int64_t size = 1, limit = 1;
-  std::vector<int32_t> tokens, parents, sources, ranks, depths;  // rank: place among the siblings of one source; depth of the root: 0
+  // rank: place among the siblings of one source; depth of the root: 0
+  std::vector<int32_t> tokens, parents, sources, ranks, depths;
   std::vector<float> scores;
   double drafting = 0;  // seconds that it took to draft, as `prune` measured
   Object* clone() const override { return new Tree(*this); }

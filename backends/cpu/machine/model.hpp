@@ -1,6 +1,7 @@
 // A model of the artifact: its cache memory, slots, table rows, and native calls over rows of many sequences.
 //
-// glossary  cache   states [planes, slots, row bytes] in memory that grows by doubling; a slot is used by `uses` sequences and trees
+// glossary  cache   states [planes, slots, row bytes] in memory that grows by doubling; a slot is used by `uses` sequences and
+// trees
 //           table   i32[table rows][width]: row r holds the slots of a sequence's first positions; `width` grows up to the context.
 //                   Sequences borrow table rows and copy only what is new; the least recently used one is taken from its sequence.
 //           row     one token to run: at a position, into a slot, seeing the slots of one table row
@@ -44,7 +45,8 @@ class Pages {
   int64_t bytes = 0;
 
  private:
-  void swap(Pages& o) { std::swap(data, o.data), std::swap(bytes, o.bytes), std::swap(block_, o.block_), std::swap(length_, o.length_); }
+  void swap(Pages& o) { std::swap(data, o.data), std::swap(bytes, o.bytes), std::swap(block_, o.block_), std::swap(length_,
+      o.length_); }
   static constexpr int64_t HUGE = 2 << 20;
   char* block_ = nullptr;
   int64_t length_ = 0;
@@ -77,7 +79,8 @@ struct Model : ModelSpec {
 
   Model(const ModelSpec& spec, void* native) : ModelSpec(spec), handle(native) {
     cost.resize((size_t)rows + 1);
-    if (!valid(ROWS, 1)) fail("The programs do not fit the kernels of this artifact: the model '%s' cannot be called.", name.c_str());
+    if (!valid(ROWS, 1))
+      fail("The programs do not fit the kernels of this artifact: the model '%s' cannot be called.", name.c_str());
     needs_output = !valid(OUTPUTS, 0);
     rows = std::min(largest(ROWS, rows), largest(OUTPUTS, rows));
     limit = largest(SLOTS, INT32_MAX);
@@ -183,12 +186,14 @@ struct Model : ModelSpec {
     int64_t sizes[MAX_SIZES] = {};
     size_values(sizes, {n, outputs, (int64_t)table_rows_.size(), width_, capacity});
     const int64_t bytes = memcmp(sizes, last_sizes_, sizeof sizes) ? stemma_arena_bytes(handle, function, sizes) : last_bytes_;
-    if (bytes < 0) fail("The kernels of the model '%s' refuse %lld rows in %lld slots.", name.c_str(), (long long)n, (long long)capacity);
+    if (bytes < 0)
+      fail("The kernels of the model '%s' refuse %lld rows in %lld slots.", name.c_str(), (long long)n, (long long)capacity);
     if (bytes > arena.bytes || !arena.data) arena = Pages::of(bytes + bytes / 4, "intermediate values");
     memcpy(last_sizes_, sizes, sizeof sizes);
     last_bytes_ = bytes;
     void* fixed[BUFFER_CODES] = {};
-    fixed[TOKENS] = tokens_.data(), fixed[POSITIONS] = positions_.data(), fixed[ROW_SLOTS] = slots_.data(), fixed[SEQUENCE] = sequence_.data();
+    fixed[TOKENS] = tokens_.data(), fixed[POSITIONS] = positions_.data(), fixed[ROW_SLOTS] = slots_.data(),
+        fixed[SEQUENCE] = sequence_.data();
     fixed[TABLE] = table_.data, fixed[SELECTED] = selected_.data(), fixed[WEIGHTS] = weights_.data();
     fixed[LOGITS] = logits.storage->data, fixed[HIDDEN] = hidden.storage->data;
     pointers_.clear();
@@ -197,7 +202,8 @@ struct Model : ModelSpec {
     const int64_t started = now_nanoseconds();
     const int32_t status = stemma_call(handle, function, sizes, pointers_.data(), arena.data);
     const int64_t took = now_nanoseconds() - started;
-    if (status) fail("The kernels of the model '%s' failed with the status %d on %lld rows.", name.c_str(), (int)status, (long long)n);
+    if (status)
+      fail("The kernels of the model '%s' failed with the status %d on %lld rows.", name.c_str(), (int)status, (long long)n);
     ++calls, run_rows += n, run_outputs += outputs, seconds += (double)took * 1e-9;
     float& average = cost[(size_t)n];
     average = average ? 0.9f * average + 0.1e-9f * (float)took : 1e-9f * (float)took;
@@ -207,12 +213,6 @@ struct Model : ModelSpec {
       part.request->seconds = (double)took * 1e-9;
     }
     return took;
-  }
-
-  void free_all() {  // memory of the cache, when nothing uses it
-    if (used) return;
-    states_.clear(), uses_.clear(), blocks_.clear();
-    capacity = 0;
   }
 
  private:
@@ -272,7 +272,8 @@ struct Model : ModelSpec {
       Pages made = Pages::of(b.planes * wanted * b.row_bytes, "the cache");
       if (state == states_.size()) states_.emplace_back();
       for (int64_t p = 0; p < b.planes && capacity; ++p)
-        memcpy(made.data + p * wanted * b.row_bytes, states_[state].data + p * capacity * b.row_bytes, (size_t)(capacity * b.row_bytes));
+        memcpy(made.data + p * wanted * b.row_bytes, states_[state].data + p * capacity * b.row_bytes,
+            (size_t)(capacity * b.row_bytes));
       states_[state++] = std::move(made);
     }
     capacity = wanted;

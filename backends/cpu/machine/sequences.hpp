@@ -6,7 +6,8 @@ namespace stemma {
 
 inline Sequences::Sequences(const Sequences& o)
     : Object(o), model(o.model), each(o.each), tree(o.tree), ran(o.ran), node_slots(o.node_slots), node_logits(o.node_logits),
-      node_hidden(o.node_hidden), visited(o.visited) {
+      node_hidden(o.node_hidden), visited(o.visited), expand_rows(o.expand_rows), expand_batch(o.expand_batch),
+      expand_seconds(o.expand_seconds) {
   for (Sequence& s : each) {
     s.row = {};
     for (int32_t slot : s.slots) model->share(slot);
@@ -50,10 +51,13 @@ inline void settle(Sequences& s) {
 }
 
 inline void check_token(const Model& model, int64_t token) {
-  if (token < 0 || token >= model.vocab) fail("The token %lld is not in the vocabulary of the model '%s' (%lld tokens).", (long long)token, model.name.c_str(), (long long)model.vocab);
+  if (token < 0 || token >= model.vocab)
+    fail("The token %lld is not in the vocabulary of the model '%s' (%lld tokens).", (long long)token, model.name.c_str(),
+        (long long)model.vocab);
 }
 inline void check_length(const Model& model, int64_t length) {
-  if (length > model.context) fail("The sequence is longer than the context of the model '%s' (%lld tokens).", model.name.c_str(), (long long)model.context);
+  if (length > model.context)
+    fail("The sequence is longer than the context of the model '%s' (%lld tokens).", model.name.c_str(), (long long)model.context);
 }
 inline void append(const Model& model, Sequence& s, int64_t token) {
   check_token(model, token);
@@ -65,7 +69,7 @@ inline void append(const Model& model, Sequence& s, int64_t token) {
 inline void begin(Request& request, Model* model) {
   request.model = model;
   request.rows.clear(), request.mixed.clear(), request.weights.clear();
-  request.outputs = request.done = 0;
+  request.outputs = request.done = request.batch = 0;
   request.logits = request.hidden = Value();
 }
 inline bool wait_for_room(Call& call, Model* model, int64_t slots) {
@@ -92,7 +96,8 @@ inline int32_t* place(Sequence& s, Request& request, int64_t positions) {
 // Adds the tokens that are not in the cache yet; those from the position `wanted` on give outputs.
 inline void add_pending(Sequence& s, Request& request, int64_t wanted) {
   for (int64_t p = s.cached; p < (int64_t)s.tokens.size(); ++p)
-    request.rows.push_back({std::max(s.tokens[(size_t)p], 0), (int32_t)p, s.slots[(size_t)p], s.row.row, p >= wanted ? (int32_t)request.outputs++ : -1});
+    request.rows.push_back({std::max(s.tokens[(size_t)p], 0), (int32_t)p, s.slots[(size_t)p], s.row.row,
+        p >= wanted ? (int32_t)request.outputs++ : -1});
 }
 // Runs the pending tokens of the sequences for which `used` holds, with outputs for the last `outputs` tokens of each.
 // Called again until it returns true; instance.stage must be 1 at first and is 3 at the end.
@@ -109,7 +114,8 @@ template <class Used> bool run_pending(Call& call, Sequences& s, int64_t outputs
       Sequence& q = s.each[i];
       if (!used(i)) continue;
       const int64_t n = (int64_t)q.tokens.size();
-      if (!model.take(n - (int64_t)q.slots.size(), q.slots.empty() ? -1 : q.slots.back(), q.slots) || !place(q, instance.request, n))
+      if (!model.take(n - (int64_t)q.slots.size(), q.slots.empty() ? -1 : q.slots.back(), q.slots) || !place(q, instance.request,
+          n))
         return wait_for_room(call, &model, 0);
       add_pending(q, instance.request, n - outputs);
     }
@@ -163,7 +169,8 @@ template <class Used> void give_outputs(Call& call, Sequences& s, Used used) {
 // ---- operations ----
 inline bool op_start(Call& call) {
   Model* model = call.machine.model(call.text(0));
-  if (call.size(1) != model->vocab || (call.size(2) && call.size(2) != model->width)) fail("The program was made for another model '%s'.", model->name.c_str());
+  if (call.size(1) != model->vocab || (call.size(2) && call.size(2) != model->width))
+    fail("The program was made for another model '%s'.", model->name.c_str());
   const int32_t* tokens = call.in[0].i32();
   Sequences* s = new Sequences;
   call.out[0] = state_value(s);
@@ -181,7 +188,8 @@ inline bool op_step(Call& call) {
   const auto used = [&](size_t i) { return tokens[i] >= 0; };
   if (call.instance.stage == 0) {
     Sequences& s = own<Sequences>(call.in[0]);
-    if (call.in[1].elements() != (int64_t)s.each.size()) fail("step: %lld tokens for %zu sequences", (long long)call.in[1].elements(), s.each.size());
+    if (call.in[1].elements() != (int64_t)s.each.size())
+      fail("step: %lld tokens for %zu sequences", (long long)call.in[1].elements(), s.each.size());
     settle(s);
     for (size_t i = 0; i < s.each.size(); ++i)
       if (used(i)) append(*s.model, s.each[i], tokens[i]);
@@ -220,8 +228,11 @@ inline bool op_step_mixed(Call& call) {
   const auto used = [](size_t) { return true; };
   if (call.instance.stage == 0) {
     Sequences& s = own<Sequences>(call.in[0]);
-    if (k < 1 || k > s.model->mix) fail("step_mixed: %lld tokens are mixed, the model '%s' was compiled for at most %lld (mix=).", (long long)k, s.model->name.c_str(), (long long)s.model->mix);
-    if (call.in[1].shape[0] != (int64_t)s.each.size() || call.in[2].elements() != call.in[1].elements()) fail("step_mixed: the shapes do not fit");
+    if (k < 1 || k > s.model->mix)
+      fail("step_mixed: %lld tokens are mixed, the model '%s' was compiled for at most %lld (mix=).", (long long)k,
+          s.model->name.c_str(), (long long)s.model->mix);
+    if (call.in[1].shape[0] != (int64_t)s.each.size() || call.in[2].elements() != call.in[1].elements())
+      fail("step_mixed: the shapes do not fit");
     for (int64_t i = 0; i < call.in[1].elements(); ++i) check_token(*s.model, tokens[i]);
     settle(s);
     for (Sequence& q : s.each) {
@@ -258,7 +269,8 @@ inline bool op_fork(Call& call) {
     call.instance.stage = 1;
   }
   // Tokens that several sequences would run are run now, once. That changes no value, so it is done where they are, shared or not.
-  if (!s.tree && !run_pending(call, s, 0, [&](size_t i) { return uses(i) > 1 && s.each[i].cached < (int64_t)s.each[i].tokens.size(); })) return false;
+  if (!s.tree && !run_pending(call, s, 0,
+      [&](size_t i) { return uses(i) > 1 && s.each[i].cached < (int64_t)s.each[i].tokens.size(); })) return false;
   Sequences& from = own<Sequences>(call.in[0]);
   settle(from);
   Sequences* made = new Sequences;
@@ -343,7 +355,8 @@ inline bool op_history(Call& call) {
   call.out[0] = tensor(I32, {(int64_t)s.each.size(), size});
   int32_t* out = call.out[0].i32();
   for (const Sequence& q : s.each)
-    for (int64_t i = 0, from = first_of(q, start), n = (int64_t)q.tokens.size(); i < size; ++i) *out++ = from + i < n ? q.tokens[(size_t)(from + i)] : -1;
+    for (int64_t i = 0, from = first_of(q, start), n = (int64_t)q.tokens.size(); i < size; ++i)
+      *out++ = from + i < n ? q.tokens[(size_t)(from + i)] : -1;
   return true;
 }
 inline bool op_token_counts(Call& call) {

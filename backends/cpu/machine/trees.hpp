@@ -2,6 +2,8 @@
 #pragma once
 #include "sequences.hpp"
 
+extern "C" void stemma_top_k(void* model, const float* x, int64_t rows, int64_t n, int64_t k, float* values, int32_t* indices);
+
 namespace stemma {
 
 inline bool op_tree(Call& call) {
@@ -32,7 +34,8 @@ inline bool op_tree_merge(Call& call) {
   Tree& a = own<Tree>(call.in[0]);
   if (a.tokens[0] != b.tokens[0]) fail("tree_merge: the roots are the tokens %d and %d.", a.tokens[0], b.tokens[0]);
   std::vector<int32_t> place = {0};
-  for (size_t i = 1; i < b.tokens.size(); ++i) place.push_back(a.add(place[(size_t)b.parents[i]], b.tokens[i], b.scores[i], b.sources[i]));
+  for (size_t i = 1; i < b.tokens.size(); ++i)
+    place.push_back(a.add(place[(size_t)b.parents[i]], b.tokens[i], b.scores[i], b.sources[i]));
   call.out[0] = std::move(call.in[0]);
   return true;
 }
@@ -106,7 +109,8 @@ inline bool place_tree(Sequences& s, Request& request) {
   std::vector<bool> leaf((size_t)n, true), placed((size_t)n, false);
   for (int64_t i = (int64_t)s.node_slots.size(); i < n; ++i) {
     if (!runs(i)) s.node_slots.push_back(-1);
-    else if (!model.take(1, s.node_slots.empty() ? (q.slots.empty() ? -1 : q.slots.back()) : s.node_slots.back(), s.node_slots)) return false;
+    else if (!model.take(1, s.node_slots.empty() ? (q.slots.empty() ? -1 : q.slots.back()) : s.node_slots.back(),
+        s.node_slots)) return false;
   }
   std::vector<int32_t> output((size_t)n, -1);
   for (int64_t i = first; i < n; ++i) {
@@ -138,7 +142,8 @@ inline bool place_tree(Sequences& s, Request& request) {
       entries[base + t.depths[(size_t)i]] = s.node_slots[(size_t)i];
       if (i < first || placed[(size_t)i]) continue;
       placed[(size_t)i] = true;
-      request.rows.push_back({t.tokens[(size_t)i], (int32_t)(base + t.depths[(size_t)i]), s.node_slots[(size_t)i], row.row, output[(size_t)i]});
+      request.rows.push_back({t.tokens[(size_t)i], (int32_t)(base + t.depths[(size_t)i]), s.node_slots[(size_t)i], row.row,
+          output[(size_t)i]});
     }
   }
   return true;
@@ -171,6 +176,7 @@ inline bool op_expand(Call& call) {
     s.node_logits.push_back(runs ? row_of(request.logits, of_node.back()) : Value());
     s.node_hidden.push_back(runs ? row_of(request.hidden, of_node.back()) : Value());
   }
+  s.expand_rows = (int64_t)request.rows.size(), s.expand_batch = request.batch, s.expand_seconds = request.seconds;
   s.ran = t.count();
   const int64_t fresh = call.size(0);
   call.out[0] = std::move(call.in[0]);
@@ -213,7 +219,29 @@ inline bool op_followed_path(Call& call) {
   return true;
 }
 
+inline bool op_node_top_k(Call& call) {
+  const Sequences& s = state_of<Sequences>(call.in[0]);
+  const int64_t k = call.integer(0), size = call.size(1);
+  if (k < 1 || size < 1) fail("node_top_k: k is %lld and the size %lld.", (long long)k, (long long)size);
+  Value values = tensor(F32, {size, k}), tokens = tensor(I32, {size, k});
+  std::fill(values.f32(), values.f32() + size * k, -INFINITY);
+  std::fill(tokens.i32(), tokens.i32() + size * k, -1);
+  const int64_t n = s.tree ? std::min<int64_t>(size, s.ran) : 0, vocab = s.model->vocab;
+  for (int64_t i = 0, next; i < n; i = next) {  // runs of nodes whose rows lie together
+    next = i + 1;
+    const Value& row = s.node_logits[(size_t)i];
+    if (row.empty()) continue;
+    while (next < n && !s.node_logits[(size_t)next].empty() && s.node_logits[(size_t)next].f32() == row.f32() + (next - i) * vocab)
+      ++next;
+    stemma_top_k(call.machine.native, row.f32(), next - i, vocab, k, values.f32() + i * k, tokens.i32() + i * k);
+  }
+  call.out[0] = std::move(values);
+  if (call.code.outputs.size() > 1) call.out[1] = std::move(tokens);
+  return true;
+}
+
 inline const OperationEntry TREES_OPERATIONS[] = {
+    {"node_top_k", op_node_top_k, 1, 2, 2},
     {"tree", op_tree, 2, 1, 1},           {"tree_extend", op_tree_extend, 4, 2, 1}, {"tree_merge", op_tree_merge, 2, 1, 0},
     {"tree_nodes", op_tree_nodes, 1, 3, 0}, {"expand", op_expand, 2, 3, 1},         {"has_child", op_has_child, 2, 1, 0},
     {"follow", op_follow, 2, 3, 0},       {"settle", op_settle, 1, 1, 0},           {"followed_path", op_followed_path, 1, 1, 1},

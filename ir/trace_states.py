@@ -121,6 +121,11 @@ class Sequences(Cell):
         """Runs the new nodes of a tree; the logits of the first `fresh` of them."""
         return self._advance(build("expand", self.node, drafted.node, fresh=fresh))
 
+    def node_top_k(self, k: int, size: int) -> tuple[Value, Value]:
+        """The k likeliest tokens after each expanded node: (logits f32[size, k], tokens i32[size, k]), filled with -inf and -1."""
+        node = build("node_top_k", self.node, k=k, size=size)
+        return Value(build("get", node, index=0)), Value(build("get", node, index=1))
+
     def follow(self, token: Any) -> Value:
         """What step gives, read from the expanded tree."""
         return self._advance(build("follow", self.node, self._tokens(token)))

@@ -87,7 +87,7 @@ from stemma.ir.ops.shape import (
     transpose,
 )  # fmt: skip
 from stemma.ir.ops.tables import empty_state, ngrams_draft, ngrams_learn, suffix_lookup, trie_draft, trie_learn
-from stemma.ir.ops.tree import expand, follow, followed_path, has_child, settle, tree, tree_extend, tree_merge, tree_nodes
+from stemma.ir.ops.tree import expand, follow, followed_path, has_child, node_top_k, settle, tree, tree_extend, tree_merge, tree_nodes
 from stemma.ir.ops.verify_draft import select_recursive, select_typical
 
 __all__ = [

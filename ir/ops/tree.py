@@ -192,5 +192,30 @@ class FollowedPath(ProgramOp):
         return np.array([*path, *[-1] * (size - len(path))], np.int32)
 
 
+class NodeTopK(ProgramOp):
+    """`node_top_k(sequences of 1, k=, size=) -> (values f32[size, k], tokens i32[size, k])`: the likeliest tokens after each node.
+
+    Of each node that was expanded, in order; then -inf and -1. Reads no more rows than there are nodes.
+    """
+
+    name = "node_top_k"
+
+    def infer(self, sequences: State, *, k: int, size: int) -> Type:
+        sequences_type(sequences, 1)
+        if k < 1 or size < 1:
+            raise TypeMismatch(f"node_top_k takes k >= 1 and size >= 1, not {k} and {size}")
+        return Tuple((Tensor("f32", (size, k)), Tensor("i32", (size, k))))
+
+    def evaluate(self, ctx: Any, sequences: Any, *, k: int, size: int) -> Any:
+        values, tokens = np.full((size, k), -np.inf, np.float32), np.full((size, k), -1, np.int32)
+        for i in range(min(sequences.ran if sequences.tree is not None else 0, size)):
+            path = tuple(sequences.tree.tokens[j] for j in sequences.tree.path(i))
+            logits = sequences.model(sequences.base + path)[0]
+            order = np.argsort(-logits, kind="stable")[:k]
+            values[i, : len(order)], tokens[i, : len(order)] = logits[order], order
+        return values, tokens
+
+
 tree, tree_extend, tree_merge, tree_nodes = Tree(), TreeExtend(), TreeMerge(), TreeNodes()
 expand, has_child, follow, settle, followed_path = Expand(), HasChild(), Follow(), Settle(), FollowedPath()
+node_top_k = NodeTopK()

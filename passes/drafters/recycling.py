@@ -40,7 +40,7 @@ class Recycling(Drafter):
 
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
         """Every node that ran gives a row; of equal tokens the last node counts."""
-        _, likeliest = p.top_k(logits, self.k)
+        _, likeliest = text.node_top_k(self.k, context.size)
         tokens = tree.nodes()[1][: context.size]
         rows = p.where(tokens < 0, context.vocab, tokens)
         state[TABLE].value = state[TABLE].value.put(rows, likeliest + 1)

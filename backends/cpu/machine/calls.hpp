@@ -47,7 +47,8 @@ inline bool op_host(Call& call) {
   Instance& instance = call.instance;
   if (instance.stage == 0) {
     for (int64_t i = 0; i < call.count(); ++i) call.in[i].data<char>();
-    if (call.attribute(1).kind != Attribute::TYPE || call.attribute(1).items.size() > MAX_RANK) fail("the program is damaged: a type is missing");
+    if (call.attribute(1).kind != Attribute::TYPE || call.attribute(1).items.size() > MAX_RANK)
+      fail("the program is damaged: a type is missing");
     instance.host_name = &call.text(0);
     instance.host_type = &call.attribute(1);
     instance.turns = 0;
@@ -87,7 +88,8 @@ inline bool op_call(Call& call) {
     Value v;
     v.dtype = t.dtype, v.rank = (int32_t)t.shape.size();
     for (size_t d = 0; d < t.shape.size(); ++d)
-      if ((v.shape[d] = t.shape[d].first ? sizes[t.shape[d].second] : t.shape[d].second) < 0) fail("call: no input of '%s' shows the sizes of its results.", name.c_str());
+      if ((v.shape[d] = t.shape[d].first ? sizes[t.shape[d].second] : t.shape[d].second) < 0)
+        fail("call: no input of '%s' shows the sizes of its results.", name.c_str());
     v.storage = Ref<Storage>(new Storage(v.bytes()));
     buffers.push_back(v.data<char>());
     results.push_back(std::move(v));
@@ -97,7 +99,8 @@ inline bool op_call(Call& call) {
   if (bytes < 0) fail("call: the kernels of '%s' refuse these sizes.", name.c_str());
   Pages& arena = call.machine.arena;
   if (bytes > arena.bytes || !arena.data) arena = Pages::of(bytes + bytes / 4, "intermediate values");
-  if (const int32_t status = stemma_call(native, f->function, sizes, buffers.data(), arena.data)) fail("call: the kernels of '%s' failed with the status %d.", name.c_str(), (int)status);
+  if (const int32_t status = stemma_call(native, f->function, sizes, buffers.data(), arena.data))
+    fail("call: the kernels of '%s' failed with the status %d.", name.c_str(), (int)status);
   for (size_t i = 0; i < results.size() && i < call.code.outputs.size(); ++i) call.out[i] = std::move(results[i]);
   return true;
 }

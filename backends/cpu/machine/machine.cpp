@@ -22,7 +22,8 @@ const OperationEntry* find_operation(const std::string& name) {
   static const std::unordered_map<std::string, const OperationEntry*> known = [] {
     std::unordered_map<std::string, const OperationEntry*> made;
     collect(made, SEQUENCES_OPERATIONS), collect(made, TREES_OPERATIONS), collect(made, CALLS_OPERATIONS);
-    collect(made, TENSORS_OPERATIONS), collect(made, SHAPES_OPERATIONS), collect(made, CHOOSE_OPERATIONS), collect(made, CONSTRAINT_OPERATIONS);
+    collect(made, TENSORS_OPERATIONS), collect(made, SHAPES_OPERATIONS), collect(made, CHOOSE_OPERATIONS), collect(made,
+        CONSTRAINT_OPERATIONS);
     collect(made, TABLES_OPERATIONS), collect(made, GOVERNOR_OPERATIONS);
     return made;
   }();
@@ -74,7 +75,8 @@ STEMMA_API void stemma_machine_close(void* machine) { delete (Machine*)machine; 
 STEMMA_API void stemma_machine_limit(void* machine, int64_t slots) {
   for (auto& m : ((Machine*)machine)->models) m->limit = std::max<int64_t>(std::min(m->limit, slots), 1);
 }
-STEMMA_API int64_t stemma_machine_start(void* machine, const char* program, const StemmaTensor* inputs, int64_t n, char* error, int64_t error_bytes) {
+STEMMA_API int64_t stemma_machine_start(void* machine, const char* program, const StemmaTensor* inputs, int64_t n, char* error,
+    int64_t error_bytes) {
   try {
     return ((Machine*)machine)->start(program, inputs, n).id;
   } catch (const Error& problem) {
@@ -84,7 +86,8 @@ STEMMA_API int64_t stemma_machine_start(void* machine, const char* program, cons
   }
   return -1;
 }
-STEMMA_API int32_t stemma_machine_advance(void* machine, int64_t tokens, int64_t nanoseconds) { return ((Machine*)machine)->advance(tokens, nanoseconds); }
+STEMMA_API int32_t stemma_machine_advance(void* machine, int64_t tokens,
+    int64_t nanoseconds) { return ((Machine*)machine)->advance(tokens, nanoseconds); }
 STEMMA_API int32_t stemma_machine_status(void* machine, int64_t id, int64_t* emitted) {
   const Instance* instance = find_instance(machine, id);
   if (!instance) return -1;
@@ -134,7 +137,8 @@ STEMMA_API int64_t stemma_machine_statistics(void* machine, int64_t id, double* 
   const Instance* instance = id < 0 ? nullptr : find_instance(machine, id);
   if (id >= 0 && !instance) return 0;
   const Statistics& s = instance ? instance->statistics : m.statistics;
-  std::vector<double> all = {s.seconds, (double)s.emitted, (double)s.trees, (double)s.nodes, (double)s.followed, s.drafting, (double)s.models.size()};
+  std::vector<double> all = {s.seconds, (double)s.emitted, (double)s.trees, (double)s.nodes, (double)s.followed, s.drafting,
+      (double)s.models.size()};
   for (const Usage& u : s.models) all.insert(all.end(), {(double)u.calls, (double)u.rows, (double)u.outputs, u.seconds});
   for (const auto& each : m.models)
     if (!instance) all.push_back((double)each->used);

@@ -1,7 +1,7 @@
 // Instances of programs and the scheduler that runs them together.
 //
-// An instance keeps its own stack of frames, so it can wait anywhere: an operation that needs a model fills `request`, returns false
-// and is called again, with the same inputs and a `stage` of its own, when the request was served. A round of the scheduler runs
+// An instance keeps its own stack of frames, so it can wait anywhere: an operation that needs a model fills `request`, returns
+// false and is called again, with the same inputs and a `stage` of its own, when that was served. A round of the scheduler runs
 // every instance until it waits, then makes one call of each model for all that wait for it.
 #pragma once
 #include <map>
@@ -152,7 +152,8 @@ struct Machine {
     if (!program) fail("The artifact has no program '%s'.", name.c_str());
     const std::vector<Parameter>& parameters = program->parameters;
     for (int64_t i = 0; i < n; ++i)
-      if (std::none_of(parameters.begin(), parameters.end(), [&](const Parameter& p) { return p.type.dtype != STATE && p.name == inputs[i].name; }))
+      if (std::none_of(parameters.begin(), parameters.end(),
+          [&](const Parameter& p) { return p.type.dtype != STATE && p.name == inputs[i].name; }))
         fail("The program '%s' has no input '%s'.", name.c_str(), inputs[i].name);
     Instance& instance = create(*program);
     try {
@@ -175,13 +176,15 @@ struct Machine {
   static Value given(Instance& instance, const Parameter& p, const StemmaTensor& t) {
     Value v;
     v.dtype = p.type.dtype, v.rank = t.rank;
-    if (t.dtype != p.type.dtype || t.rank != (int32_t)p.type.shape.size()) fail("The input '%s' has the wrong type or number of axes.", t.name);
+    if (t.dtype != p.type.dtype || t.rank != (int32_t)p.type.shape.size())
+      fail("The input '%s' has the wrong type or number of axes.", t.name);
     for (size_t d = 0; d < p.type.shape.size(); ++d) {
       const auto& [named, value] = p.type.shape[d];
       if (t.shape[d] < 0 || t.shape[d] > (int64_t)1 << 40) fail("The input '%s' has a wrong size.", t.name);
       if (named && instance.dims[(size_t)value] < 0) instance.dims[(size_t)value] = t.shape[d];
       const int64_t wanted = named ? instance.dims[(size_t)value] : value;
-      if (t.shape[d] != wanted) fail("The input '%s' has the size %lld where %lld is expected.", t.name, (long long)t.shape[d], (long long)wanted);
+      if (t.shape[d] != wanted)
+        fail("The input '%s' has the size %lld where %lld is expected.", t.name, (long long)t.shape[d], (long long)wanted);
       v.shape[d] = t.shape[d];
     }
     v.storage = Ref<Storage>(new Storage(v.bytes()));
@@ -219,7 +222,8 @@ struct Machine {
       v.dtype = (DType)type.integer, v.rank = (int32_t)type.items.size();
       bool fits = value && value->dtype == v.dtype && value->rank == v.rank;
       for (int32_t d = 0; fits && d < v.rank; ++d) fits = (v.shape[d] = size(instance, type.items[(size_t)d])) == value->shape[d];
-      if (!fits) fail("The host function '%s' returned a value of another type than the program declares.", instance.host_name->c_str());
+      if (!fits)
+        fail("The host function '%s' returned a value of another type than the program declares.", instance.host_name->c_str());
       v.storage = Ref<Storage>(new Storage(v.bytes()));
       if (v.bytes()) memcpy(v.storage->data, value->data, (size_t)v.bytes());
       instance.reply = std::move(v);
@@ -313,7 +317,8 @@ struct Machine {
     }
     if (instance.depth == 1) {
       for (size_t i = 0; i < instance.program->parameters.size(); ++i)
-        if (const int32_t result = instance.program->parameters[i].kept; result >= 0) kept[{instance.program, (int32_t)i}] = moved[(size_t)result];
+        if (const int32_t result = instance.program->parameters[i].kept; result >= 0)
+          kept[{instance.program, (int32_t)i}] = moved[(size_t)result];
       instance.results = std::move(moved);
       end(instance, Status::FINISHED, "");
       return false;
@@ -323,9 +328,11 @@ struct Machine {
     const bool loop = code.kind == Instruction::LOOP;
     if (loop && truth(moved[0])) {
       for (size_t i = 0; i < block.parameters.size(); ++i) frame.registers[(size_t)block.parameters[i]] = std::move(moved[i + 1]);
-      for (int32_t i : block.restored) frame.registers[(size_t)block.constants[(size_t)i].first] = block.constants[(size_t)i].second;
+      for (int32_t i : block.restored)
+        frame.registers[(size_t)block.constants[(size_t)i].first] = block.constants[(size_t)i].second;
       frame.next = 0;
-      if (++instance.turns > MAX_TURNS) fail("A loop ran %lld times without a model call or a token: it may never end.", (long long)MAX_TURNS);
+      if (++instance.turns > MAX_TURNS)
+        fail("A loop ran %lld times without a model call or a token: it may never end.", (long long)MAX_TURNS);
       return instance.turns % 1024 || !deadline || now_nanoseconds() < deadline;
     }
     for (Value& v : frame.registers) v.clear();
@@ -387,7 +394,8 @@ struct Machine {
       }
     if (waiting_.empty()) return false;
     Instance* const oldest = waiting_.front();
-    if (total > model.rows) std::stable_sort(waiting_.begin(), waiting_.end(), [](Instance* a, Instance* b) { return left(*a) < left(*b); });
+    if (total > model.rows)
+      std::stable_sort(waiting_.begin(), waiting_.end(), [](Instance* a, Instance* b) { return left(*a) < left(*b); });
     std::vector<std::pair<Instance*, int64_t>>& parts = parts_;
     parts.clear();
     int64_t room = model.rows;
@@ -444,7 +452,8 @@ struct Machine {
       if (instance.waits != Waits::ROOM) continue;
       const Model& m = *instance.request.model;
       char text[256];
-      snprintf(text, sizeof text, "There is no room in the cache of the model '%s' for %lld more tokens: %lld of at most %lld are used.",
+      snprintf(text, sizeof text,
+          "There is no room in the cache of the model '%s' for %lld more tokens: %lld of at most %lld are used.",
                m.name.c_str(), (long long)instance.room, (long long)m.used, (long long)m.limit);
       end(instance, Status::FAILED, text);
       return;

@@ -1,7 +1,6 @@
 // A model of the artifact: its cache memory, slots, table rows, and native calls over rows of many sequences.
 //
-// glossary  cache   states [planes, slots, row bytes] in memory that grows by doubling; a slot is used by `uses` sequences and
-// trees
+// glossary  cache   states [planes, slots, row bytes] in memory that grows by doubling; `uses` counts who uses a slot
 //           table   i32[table rows][width]: row r holds the slots of a sequence's first positions; `width` grows up to the context.
 //                   Sequences borrow table rows and copy only what is new; the least recently used one is taken from its sequence.
 //           row     one token to run: at a position, into a slot, seeing the slots of one table row

@@ -1,9 +1,11 @@
 // Reads a blob of programs (written by codegen/program.py). A damaged blob is an Error, whatever is damaged.
 //
 // All words are int64, little endian. "str" is the number of a string.
-//   blob        MAGIC, VERSION | crc32 of the words after the third << 32 (0: none), total words, strings, models, functions, programs
+//   blob        MAGIC, VERSION | crc32 of the words after the third << 32 (0: none), total words, strings, models, functions,
+//   programs
 //   strings     n, (bytes, ceil(bytes / 8) words of text)*
-//   models      n, (str name, function, vocab, width, mix, context, max rows, n sizes, code*, n buffers, (code, planes, row bytes)*,
+//   models      n, (str name, function, vocab, width, mix, context, max rows, n sizes, code*, n buffers, (code, planes, row
+//   bytes)*,
 //               n eos, token*)*        codes: SizeCode and BufferCode below
 //   functions   n, (str name, function, n sizes, n inputs, tensor*, n results, tensor*)*
 //               tensor = dtype, rank, (0 constant | 1 size, value)*
@@ -20,7 +22,8 @@
 namespace stemma {
 
 enum SizeCode : int32_t { ROWS, OUTPUTS, SEQUENCES, CONTEXT, SLOTS, SIZE_CODES };
-enum BufferCode : int32_t { TOKENS, POSITIONS, ROW_SLOTS, SEQUENCE, TABLE, SELECTED, STATE_MEMORY, LOGITS, HIDDEN, WEIGHTS, BUFFER_CODES };
+enum BufferCode : int32_t { TOKENS, POSITIONS, ROW_SLOTS, SEQUENCE, TABLE, SELECTED, STATE_MEMORY, LOGITS, HIDDEN, WEIGHTS,
+    BUFFER_CODES };
 struct BufferSpec {
   int32_t code;
   int64_t planes, row_bytes;  // of STATE_MEMORY: [planes, slots, row bytes]
@@ -78,9 +81,12 @@ class BlobReader {
   Blob read() {
     if (word() != BLOB_MAGIC) damaged("it is no blob of programs");
     const int64_t version = word();
-    if ((version & 0xFFFFFFFF) != BLOB_VERSION) fail("The programs have the format %lld, this library reads %lld: update Stemma.", (long long)(version & 0xFFFFFFFF), (long long)BLOB_VERSION);
+    if ((version & 0xFFFFFFFF) != BLOB_VERSION)
+      fail("The programs have the format %lld, this library reads %lld: update Stemma.", (long long)(version & 0xFFFFFFFF),
+          (long long)BLOB_VERSION);
     if (word() != words_) damaged("it is cut off");
-    if (const uint32_t expected = (uint32_t)((uint64_t)version >> 32); expected && crc32() != expected) damaged("its checksum is wrong");
+    if (const uint32_t expected = (uint32_t)((uint64_t)version >> 32); expected && crc32() != expected)
+      damaged("its checksum is wrong");
     Blob blob;
     for (int64_t n = count(1); n > 0; --n) blob.strings.push_back(bytes());
     blob_ = &blob;
@@ -150,7 +156,8 @@ class BlobReader {
       seen[b.code] = true;
       m.buffers.push_back(b);
     }
-    if (!seen[LOGITS] || !seen[TOKENS] || (m.mix > 1) != seen[WEIGHTS] || (m.width > 0) != seen[HIDDEN]) damaged("a model lacks a buffer");
+    if (!seen[LOGITS] || !seen[TOKENS] || (m.mix > 1) != seen[WEIGHTS] || (m.width > 0) != seen[HIDDEN])
+      damaged("a model lacks a buffer");
     for (n = count(1); n > 0; --n) m.eos.push_back((int32_t)word());
     return m;
   }
@@ -184,7 +191,8 @@ class BlobReader {
     p.main = block();
     for (int64_t n = count(5); n > 0; --n) p.blocks.push_back(block());
     if (regions_ > (int64_t)p.blocks.size()) damaged("a block is missing");
-    if (p.main.parameters.size() != p.parameters.size() || p.main.results.size() != p.results.size()) damaged("a program's block is another one's");
+    if (p.main.parameters.size() != p.parameters.size() || p.main.results.size() != p.results.size())
+      damaged("a program's block is another one's");
     for (const Parameter& parameter : p.parameters)
       if (parameter.kept >= (int64_t)p.results.size()) damaged("a result that is kept is missing");
     check(p, p.main);
@@ -232,7 +240,8 @@ class BlobReader {
     for (size_t i = 0; i < b.constants.size(); ++i)
       if (restored[(size_t)b.constants[i].first]) b.restored.push_back((int32_t)i);
     for (size_t i = 0; i < b.results.size(); ++i)
-      b.last.push_back(!constant[(size_t)b.results[i]] && std::find(b.results.begin() + (int64_t)i + 1, b.results.end(), b.results[i]) == b.results.end());
+      b.last.push_back(!constant[(size_t)b.results[i]] && std::find(b.results.begin() + (int64_t)i + 1, b.results.end(),
+          b.results[i]) == b.results.end());
     return b;
   }
   Value constant_value() {
@@ -257,17 +266,22 @@ class BlobReader {
     Instruction code;
     code.name = text_number();
     const std::string& name = blob_->strings[(size_t)code.name];
-    for (int64_t n = count(1); n > 0; --n) code.inputs.push_back((int32_t)word(-registers, registers - 1, "the number of a register is wrong"));
-    for (int64_t n = count(1); n > 0; --n) code.outputs.push_back((int32_t)word(-1, registers - 1, "the number of a register is wrong"));
+    for (int64_t n = count(1); n > 0; --n)
+      code.inputs.push_back((int32_t)word(-registers, registers - 1, "the number of a register is wrong"));
+    for (int64_t n = count(1); n > 0; --n)
+      code.outputs.push_back((int32_t)word(-1, registers - 1, "the number of a register is wrong"));
     for (int64_t n = count(1); n > 0; --n) code.attributes.push_back(attribute(0));
     if (name == "loop" || name == "cond") {
       code.kind = name == "loop" ? Instruction::LOOP : Instruction::COND;
       return code;
     }
     const OperationEntry* entry = find_(name);
-    if (!entry) fail("The programs use the operation '%s', which this library lacks: update Stemma and compile again.", name.substr(0, 64).c_str());
+    if (!entry)
+      fail("The programs use the operation '%s', which this library lacks: update Stemma and compile again.", name.substr(0,
+          64).c_str());
     const auto fits = [](int32_t wanted, size_t given) { return wanted < 0 || (size_t)wanted == given; };
-    if (!fits(entry->inputs, code.inputs.size()) || !fits(entry->outputs, code.outputs.size()) || !fits(entry->attributes, code.attributes.size()))
+    if (!fits(entry->inputs, code.inputs.size()) || !fits(entry->outputs, code.outputs.size()) || !fits(entry->attributes,
+        code.attributes.size()))
       fail("The programs of this artifact are damaged: '%s' has a wrong number of inputs, results or attributes.", name.c_str());
     code.operation = entry->operation;
     code.kind = name == "plan" ? Instruction::PLAN : Instruction::PLAIN;

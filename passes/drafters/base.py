@@ -68,7 +68,7 @@ class DraftContext:
         """Adds guesses of this drafter to a tree; the numbers of their nodes, i32[m] (-1: no room)."""
         return tree.extend(parents, tokens, scores, source=self.source)
 
-    def likely(self, logits: Value, positions: Value) -> Value:
+    def likely(self, logits: Value, positions: Value, sharpness: float = 1.0) -> Value:
         """Log-probabilities f32[n, vocab] that the program chooses each token, guessed from a drafter's logits.
 
         At a temperature the noise that the program will add at those positions (i32[n]) is known, because it is counted: it is
@@ -76,15 +76,17 @@ class DraftContext:
         than identical draw otherwise.
         """
         if not self.settings:
-            return p.log_softmax(logits)
+            return p.log_softmax(logits * sharpness)
         temperature, seed, sequence = (self.settings[name] for name in ("temperature", "seed", "sequence"))
 
         def sampled() -> Value:
             scaled = logits / temperature
             coupled = self.verify == "identical"
-            return p.log_softmax(scaled + p.noise(seed, sequence, positions, self.vocab) if coupled else scaled)
+            if not coupled:
+                return p.log_softmax(scaled)
+            return p.log_softmax((scaled + p.noise(seed, sequence, positions, self.vocab)) * sharpness)
 
-        found: Value = p.cond(temperature > 0.0, sampled, lambda: p.log_softmax(logits))
+        found: Value = p.cond(temperature > 0.0, sampled, lambda: p.log_softmax(logits * sharpness))
         return found
 
     def noise(self, positions: Value) -> Value:

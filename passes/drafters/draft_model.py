@@ -29,7 +29,8 @@ class DraftModel(Drafter):
     "dyspec", the tree of the likeliest paths (DySpec, Xiong et al. 2024, arXiv:2410.11744) by layers of at most `width` nodes with
     a path probability of 1 / budget or more, or with exact=true node by node, which gives the very best tree; "rsd", `width`
     samples without replacement after every node, and "beam", `width` samples of each layer (RSD-C and RSD-S, Jeon et al. 2024,
-    arXiv:2402.14160).
+    arXiv:2402.14160). sharpness: log-probabilities are multiplied by it, as a token that both models choose (greedily, or with the
+    same noise) is more certain than a token that is drawn.
     """
 
     model: str = "draft"
@@ -38,6 +39,7 @@ class DraftModel(Drafter):
     width: int = 16
     least: float = 0.0
     exact: bool = False
+    sharpness: float = 2.0
     name: ClassVar[str] = "draft_model"
 
     @property
@@ -71,7 +73,7 @@ class DraftModel(Drafter):
         return begun
 
     def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
-        grown = Grown(context, self.info(context), text, token, tree, state[self.text_name])
+        grown = Grown(context, self.info(context), text, token, tree, state[self.text_name], self.sharpness)
         shapes = {"chain": self.layers, "tree": self.fixed, "dyspec": self.nodes if self.exact else self.layers}
         shapes.get(self.shape, self.sampled)(context, grown, state)
 
@@ -162,7 +164,10 @@ def conditioned(perturbed: Value, above: Value) -> Value:
 class Grown:
     """A tree that grows in the target's tokens, and the same tree in those of the draft model, which runs on it."""
 
-    def __init__(self, context: DraftContext, info: ModelInfo, text: Sequences, token: Value, tree: Tree, own: Sequences) -> None:
+    def __init__(
+        self, context: DraftContext, info: ModelInfo, text: Sequences, token: Value, tree: Tree, own: Sequences, sharpness: float
+    ) -> None:
+        self.sharpness = sharpness
         self.context, self.tree, self.own, self.same = context, tree, own, tree
         self.length = text.length()
         self.table: Value | None = None
@@ -180,7 +185,7 @@ class Grown:
 
     def likely(self, logits: Value, depth: Value | int) -> Value:
         """Log-probabilities of the program's choice after nodes of a depth (the root's: 0)."""
-        return self.context.likely(logits, self.positions(depth, logits.shape[0]))
+        return self.context.likely(logits, self.positions(depth, logits.shape[0]), self.sharpness)
 
     def positions(self, depth: Value | int, count: SizeLike) -> Value:
         """The length of the text at which a choice after nodes of a depth is made, i32[count]."""

@@ -99,6 +99,9 @@ def _programs(model: Model, trial: Trial, report: Progress) -> Iterator[Claim]:
         if missing := [p.name for p in spec.options if p.default is None]:
             yield Claim(f"{name} decodes the same in any batch", True, f"not run: it needs {', '.join(missing)}")
             continue
+        if (label := entries[name]["label"]) != "identical":
+            yield Claim(f"{name} decodes the same as plain, and in any batch", True, f"not claimed: its label is {label}")
+            continue
         report(f"running {name}", 0, 1)
         few = prompts[: QUICK.prompts]
         for temperature in TEMPERATURES[:2] if spec.option("temperature") else (None,):
@@ -109,7 +112,7 @@ def _programs(model: Model, trial: Trial, report: Progress) -> Iterator[Claim]:
             at = "" if temperature is None else f" (temperature {temperature})"
             yield Claim(f"{name} decodes the same in any batch{at}", differing == 0, f"{differing} of {len(few)} differ")
         if spec.plain is not None:
-            yield _speculated(model, spec, entries[name]["label"], prompts, trial, count, report)
+            yield _speculated(model, spec, prompts, trial, count, report)
 
 
 def make_prompts(model: Model, trial: Trial) -> list[list[int]]:
@@ -125,13 +128,9 @@ def _options(spec: ProgramSpec, temperature: float | None, seed: int, count: int
     return {name: value for name, value in wanted.items() if value is not None and spec.option(name) is not None}
 
 
-def _speculated(
-    model: Model, spec: ProgramSpec, label: str, prompts: list[list[int]], trial: Trial, count: int, report: Progress
-) -> Claim:
-    """Whether a program gives the same tokens with speculation and without. Those whose label does not say so are only told of."""
+def _speculated(model: Model, spec: ProgramSpec, prompts: list[list[int]], trial: Trial, count: int, report: Progress) -> Claim:
+    """Whether a program gives the same tokens with speculation and without."""
     claim = f"{spec.name} decodes the same with and without speculation"
-    if label != "identical":
-        return Claim(claim, True, f"not claimed: its label is {label}")
     runs = differing = followed = trees = 0
     temperatures = TEMPERATURES if spec.option("temperature") else (None,)
     seeds = trial.seeds if spec.option("seed") else trial.seeds[:1]

@@ -13,6 +13,7 @@ from typing import Any
 
 from stemma.ir import Module, PassError, StemmaError, interpret, parse_module, print_module, verify
 from stemma.passes.base import Label, Pass, PassContext
+from stemma.passes.compare_programs import changed_answers
 from stemma.passes.properties import PROPERTIES
 from stemma.passes.selftest import largest_difference, make_inputs, make_weights
 
@@ -164,7 +165,8 @@ def _promised(step: Pass, kind: str, names: frozenset[str], module: Module) -> N
 
 
 def _compare(step: Pass, before: Module, after: Module, verify_each: Inputs | bool, context: PassContext) -> float | None:
-    """Largest relative change of any result of a function that both modules have with the same parameters; None when there is none.
+    """Largest relative change of any result of a function that both modules have with the same parameters, and share of the answers
+    of decoding programs that differ; None when there is none.
 
     PassError when a pass labelled identical changed one.
     """
@@ -189,6 +191,14 @@ def _compare(step: Pass, before: Module, after: Module, verify_each: Inputs | bo
                     f"{error:.3g} (relative, float64; allowed {IDENTICAL:g}). Run it with a dump and compare the two states."
                 )
             worst = max(worst or 0.0, error)
+    if programs:
+        differing, total, name = changed_answers(before, after)
+        if step.label == "identical" and differing:
+            raise PassError(
+                f"The pass {step.name!r} is labelled identical, but {differing} of {total} answers of programs differ with "
+                f"the reference interpreter, first of {name!r}. Run it with a dump and compare the two states."
+            )
+        worst = max(worst or 0.0, differing / total) if total else worst
     return worst
 
 

@@ -215,5 +215,6 @@ def test_the_page_of_an_artifact(model: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert as_json("inspect", model, "--html", page) == {"html": str(page)}
     text = page.read_text()
-    assert "incremental" in text and "identical" in text and "<script src" not in text and "<link" not in text
+    assert "incremental" in text and "<h2>Programs</h2>" in text and "max_new_tokens" in text
+    assert "identical" in text and "<script src" not in text and "<link" not in text
     assert "cannot be written" in refused("inspect", model, "--html", tmp_path / "absent" / "page.html")

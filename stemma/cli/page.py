@@ -43,6 +43,13 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
         "<h2>Passes</h2>",
         _table(("pass", "label", "options", "ms", "measured against the checkpoint"), passes, html={1}, numbers={3}),
     ]
+    programs = [
+        (name, f"<span class={p['label']}>{p['label']}</span>", ", ".join(p["models"]), ", ".join(q["name"] for q in p["params"]),
+         p["speculation"]["draft"] if p["speculation"] else "", p["doc"])
+        for name, p in manifest["programs"].items()
+    ]  # fmt: skip
+    if programs:
+        parts += ["<h2>Programs</h2>", _table(("program", "label", "models", "takes", "drafter", "what"), programs, html={1})]
     for name, function in manifest["functions"].items():
         rows = [(x["stage"], x["op"], x["what"], x["flops"], x["bytes"], x["line"]) for x in function["launches"]]
         parts += [f"<h2>{escape(name)}: {len(rows)} launches</h2>"]

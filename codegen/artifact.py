@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,21 @@ def write_artifact(path: str | os.PathLike[str], manifest: dict[str, Any], membe
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def amend(path: str | os.PathLike[str], change: Callable[[dict[str, Any]], object]) -> None:
+    """Write the artifact again with its manifest changed in place by `change`; its other members stay as they are."""
+    with zipfile.ZipFile(path) as archive:
+        manifest = json.loads(archive.read(MANIFEST))
+        change(manifest)
+        entries = [e for e in archive.infolist() if e.filename != MANIFEST]
+        write_artifact(path, manifest, ((e.filename, Stream(e.file_size, _chunks(archive, e))) for e in entries))
+
+
+def _chunks(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    with archive.open(entry) as member:
+        while chunk := member.read(1 << 24):
+            yield chunk
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

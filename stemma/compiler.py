@@ -98,14 +98,15 @@ def compile(
     dump, start_after, verify_each: see `passes.manager`; further models and the programs have folders of their own in `dump`.
     Raises StemmaError subclasses; `output` is then left as it was.
     """
-    from stemma.calibration import Calibration, read_text
-    from stemma.codegen.artifact import check_output
+    from stemma.calibration import DOCUMENT_TOKENS, Calibration, read_text
+    from stemma.codegen.artifact import amend, check_output
     from stemma.codegen.build import build, target_backend
     from stemma.compilation import Compilation
     from stemma.frontend.hf import load_checkpoint
     from stemma.library import find_program
     from stemma.passes.pipelines import pipeline
     from stemma.passes.registry import make_pass
+    from stemma.program_loss import PROMPTS, measure_programs, program_quality
     from stemma.sources import further_models, needs_of
 
     started = time.perf_counter()
@@ -134,5 +135,12 @@ def compile(
         module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
         manifest_extra=work.manifest(module), progress=report,
     )  # fmt: skip
+    if "lossy" in work.labels.values():
+        report("measuring programs", 0, 1)
+        found = measure_programs(
+            output, Calibration(text, DOCUMENT_TOKENS * PROMPTS).documents(checkpoint, int(module.properties["vocab"]), [])
+        )
+        amend(output, lambda manifest: [manifest["programs"][name].update(loss=loss) for name, loss in found.items()])
+        work.notes += [f"{name}: {program_quality(loss)}" for name, loss in found.items()]
     seconds = time.perf_counter() - started
     return Report(output, built.bytes, seconds, tuple(work.records), work.loss, tuple(work.notes))

@@ -60,7 +60,7 @@ def compile_command(
         )  # fmt: skip
 
     def text() -> None:
-        losses = [(r.name, quality(r.loss)) for r in report.records if r.label == "lossy"]
+        losses = [(r.name, quality(r.loss)) for r in report.records if r.label == "lossy" and r.loss]
         console.print(f"Wrote {report.path} ({human_bytes(report.bytes)}) in {report.seconds:.1f} s.", markup=False)
         if losses:
             table(("lossy pass", "cost against the checkpoint, on calibration text"), losses)

@@ -91,6 +91,8 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
 
 def _programs(manifest: dict[str, Any]) -> None:
     """The decoding programs, the models that they step, and what speculation needs."""
+    from stemma.program_loss import program_quality
+
     for name, entry in manifest.get("further_models", {}).items():
         console.print(
             f"model {name}: {entry['source']['folder']}, preset {entry['preset']}, tokenizer {entry['tokenizer']}", markup=False
@@ -100,7 +102,7 @@ def _programs(manifest: dict[str, Any]) -> None:
     rows = [
         (
             name,
-            entry["label"],
+            entry["label"] if entry["label"] != "lossy" else f"lossy: {program_quality(entry.get('loss'))}",
             ", ".join(entry["models"]),
             ", ".join(_option(p) for p in entry["params"] if p["name"] not in kept[name]),
             entry["doc"],

@@ -99,7 +99,7 @@ def _programs(model: Model, trial: Trial, report: Progress) -> Iterator[Claim]:
         if missing := [p.name for p in spec.options if p.default is None]:
             yield Claim(f"{name} decodes the same in any batch", True, f"not run: it needs {', '.join(missing)}")
             continue
-        if (label := entries[name]["label"]) != "identical":
+        if (label := entries[name].get("label", "identical")) != "identical":
             yield Claim(f"{name} decodes the same as plain, and in any batch", True, f"not claimed: its label is {label}")
             continue
         report(f"running {name}", 0, 1)

@@ -44,8 +44,8 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
         _table(("pass", "label", "options", "ms", "measured against the checkpoint"), passes, html={1}, numbers={3}),
     ]
     programs = [
-        (name, f"<span class={p['label']}>{p['label']}</span>", ", ".join(p["models"]), ", ".join(q["name"] for q in p["params"]),
-         p["speculation"]["draft"] if p["speculation"] else "", p["doc"])
+        (name, f"<span class={p.get('label')}>{p.get('label', '')}</span>", ", ".join(p.get("models", ())), _names(p["params"]),
+         (p.get("speculation") or {}).get("draft", ""), p.get("doc", ""))
         for name, p in manifest["programs"].items()
     ]  # fmt: skip
     if programs:
@@ -60,6 +60,10 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style><body>{"".join(parts)}</body></html>\n'
     )
+
+
+def _names(parameters: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(p["name"] for p in parameters)
 
 
 def _summary(manifest: Mapping[str, Any], size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from stemma.backends.cpu.device import Device, copy_weights
 from stemma.runtime.artifact import Artifact
+from stemma.runtime.constraint import csr_json, csr_regex, csr_trie
 from stemma.runtime.errors import ArtifactError, InputError, StemmaRuntimeError
+from stemma.runtime.export import token_bytes
 from stemma.runtime.function import CompiledFunction, convert, empty
 from stemma.runtime.generate import Job, Request, decode
 from stemma.runtime.machine import Machines
@@ -232,6 +235,37 @@ class Model:
         if not single:
             raise InputError("stream takes one prompt. Use generate for a list of them.")
         return (piece for _, piece in run if piece)
+
+    def constraint(
+        self,
+        *,
+        regex: str | None = None,
+        json_schema: str | Mapping[str, Any] | None = None,
+        choices: Sequence[str | Sequence[int]] | None = None,
+    ) -> dict[str, NDArray[np.int32]]:
+        """What an answer may be, as options of the program `constrained`: model.generate(prompt, program="constrained", **this).
+
+        One of: a regular expression, a JSON schema (both for the whole answer; they need the package outlines-core), or a set of
+        texts or token sequences. After a complete answer only an end token follows. InputError for a broken or empty constraint,
+        StemmaRuntimeError when the tokenizer's tokens have no bytes of their own.
+        """
+        self._language_model()
+        if (regex is not None) + (json_schema is not None) + (choices is not None) != 1:
+            raise InputError("A constraint is one of regex, json_schema and choices.")
+        if not self.manifest.eos:
+            raise InputError(f"{self.manifest.name} has no end token to end a constrained answer with.")
+        if choices is not None:
+            texts = [self.tokenizer.encode(c, False) if isinstance(c, str) else list(c) for c in choices]
+            arrays = csr_trie(texts, self.manifest.eos[0])
+        else:
+            words = token_bytes(json.loads(self.artifact.read("tokenizer.json")), self.vocab)
+            if words is None:
+                raise StemmaRuntimeError(
+                    f"The tokens of {self.manifest.name} are no pieces of bytes, as regular expressions and schemas need. Give choices."
+                )
+            made = csr_regex(regex, words, self.manifest.eos) if regex is not None else None
+            arrays = made or csr_json(json_schema or {}, words, self.manifest.eos)
+        return dict(zip(("indptr", "tokens", "targets"), arrays, strict=True))
 
     def run(
         self,

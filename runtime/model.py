@@ -261,7 +261,7 @@ class Model:
             words = token_bytes(json.loads(self.artifact.read("tokenizer.json")), self.vocab)
             if words is None:
                 raise StemmaRuntimeError(
-                    f"The tokens of {self.manifest.name} are no pieces of bytes, as regular expressions and schemas need. Give choices."
+                    f"The tokens of {self.manifest.name} are no pieces of bytes, as patterns and schemas need. Give choices."
                 )
             made = csr_regex(regex, words, self.manifest.eos) if regex is not None else None
             arrays = made or csr_json(json_schema or {}, words, self.manifest.eos)

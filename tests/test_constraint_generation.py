@@ -75,7 +75,7 @@ def test_wrong_constraints_are_explained(model: stemma.Model) -> None:
         ({"regex": "a", "choices": ["b"]}, "one of"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
-            model.constraint(**wrong)  # type: ignore[arg-type]
+            model.constraint(**wrong)
     nothing = {"indptr": [0, 0], "tokens": [1], "targets": [0]}
     with pytest.raises((InputError, StemmaRuntimeError), match="admits no token"):
         model.generate("x", program="constrained", **nothing)

@@ -16,9 +16,18 @@ struct Automaton {
     if (first < 0 || last < first || last > edges) fail("The constraint is damaged: state %d has the edges %lld to %lld of %lld.", state, (long long)first, (long long)last, (long long)edges);
     return {first, last};
   }
-  int32_t token(int64_t edge, int64_t vocab) const {
-    if (tokens[edge] < 0 || tokens[edge] >= vocab) fail("The constraint names the token %d; the vocabulary has %lld.", tokens[edge], (long long)vocab);
-    return tokens[edge];
+  void check(int64_t first, int64_t last, int64_t vocab) const {  // that every token is in the vocabulary
+    int32_t low[8] = {}, high[8] = {};  // in blocks that become vectors
+    int64_t e = first;
+    for (; e + 8 <= last; e += 8)
+      for (int j = 0; j < 8; ++j) {
+        low[j] = std::min(low[j], tokens[e + j]);
+        high[j] = std::max(high[j], tokens[e + j]);
+      }
+    for (; e < last; ++e) low[0] = std::min(low[0], tokens[e]), high[0] = std::max(high[0], tokens[e]);
+    const int32_t lowest = *std::min_element(low, low + 8), highest = *std::max_element(high, high + 8);
+    if (first < last && (lowest < 0 || highest >= vocab))
+      fail("The constraint names the token %d; the vocabulary has %lld.", lowest < 0 ? lowest : highest, (long long)vocab);
   }
 };
 [[noreturn]] inline void nothing(int64_t row, int32_t state, const Value* positions) {
@@ -47,10 +56,10 @@ inline bool op_allow(Call& call) {
     const int32_t state = call.in[1].i32()[i];
     const auto [first, last] = a.row(state);
     if (first == last) nothing(i, state, positions);
-    for (int64_t e = first; e < last; ++e) {
-      const int64_t at = i * vocab + a.token(e, vocab);
-      v.f32()[at] = logits.f32()[at];
-    }
+    a.check(first, last, vocab);
+    const float* from = logits.f32() + i * vocab;
+    float* to = v.f32() + i * vocab;
+    for (int64_t e = first; e < last; ++e) to[a.tokens[e]] = from[a.tokens[e]];
   }
   call.out[0] = std::move(v);
   return true;
@@ -89,12 +98,12 @@ inline bool op_candidates(Call& call) {
     int32_t *token = tokens.i32() + i * width, *after = states.i32() + i * width;
     const float* row = logits.f32() + i * vocab;
     any |= first < last;
-    for (int64_t e = first; e < last; ++e) {
-      *token = a.token(e, vocab);
-      *value++ = row[*token++];
-      *after++ = targets[e];
-    }
-    const int64_t rest = width - (last - first);
+    const int64_t count = last - first;
+    a.check(first, last, vocab);
+    for (int64_t e = 0; e < count; ++e) value[e] = row[a.tokens[first + e]];
+    if (count) memcpy(token, a.tokens + first, (size_t)count * 4), memcpy(after, targets + first, (size_t)count * 4);
+    value += count, token += count, after += count;
+    const int64_t rest = width - count;
     std::fill(value, value + rest, -INFINITY), std::fill(token, token + rest, -1), std::fill(after, after + rest, -1);
   }
   if (!any) nothing(0, call.in[1].i32()[0], positions);

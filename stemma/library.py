@@ -20,6 +20,8 @@ from stemma.ir.trace import Model, ModelSpec, Program, trace
 from stemma.passes.base import ModelInfo
 from stemma.passes.registry import load_file, split_options
 
+STEPS = frozenset({"step", "feed", "step_mixed", "expand", "follow"})  # operations that give (sequences, logits, hidden)
+
 
 def library() -> dict[str, Program]:
     """The programs that come with Stemma, by name."""
@@ -138,6 +140,3 @@ def mixed_tokens(programs: Sequence[Listed]) -> int:
             if state is not None and state.args[0] == "model":
                 found.append(int(str(node.inputs[1].shape[1])))
     return max(found)
-
-
-STEPS = frozenset({"step", "feed", "step_mixed", "expand", "follow"})

@@ -53,11 +53,15 @@ def further_models(given: Mapping[str, str | Path | Source] | Sequence[str | Sou
         found = [v if isinstance(v, Source) else parse_source(v) for v in given]
     names = [s.name for s in found]
     for name in names:
-        if not _NAME.fullmatch(name) or name in RESERVED or name.endswith("_step"):
-            raise StemmaError(f"A further model cannot be called {name!r}. Choose another word of small letters, such as draft.")
+        _check_name(name)
         if names.count(name) > 1:
             raise StemmaError(f"Two models are called {name!r}.")
     return tuple(found)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name) or name in RESERVED or name.endswith("_step"):
+        raise StemmaError(f"A further model cannot be called {name!r}. Choose another word of small letters, such as draft.")
 
 
 def needs_of(passes: Sequence[Pass], names: Sequence[str]) -> Needs:
@@ -69,9 +73,10 @@ def needs_of(passes: Sequence[Pass], names: Sequence[str]) -> Needs:
                 have = f"given: {', '.join(names)}" if names else "none was given"
                 raise StemmaError(f"The pass {owner!r} needs a model called {name!r}; {have}. Add --model {name}=FOLDER.")
     early = tuple(dict.fromkeys(e for _, needs in all_needs for e in needs.early))
-    made = [*names, *(name for name, _ in early), *(p.model for p in passes if isinstance(p, EarlyExit))]
-    for name in made:
-        if made.count(name) > 1:
+    stopped = [*(name for name, _ in early), *(p.model for p in passes if isinstance(p, EarlyExit))]
+    for name in stopped:
+        _check_name(name)
+        if [*names, *stopped].count(name) > 1:
             raise StemmaError(f"Two models are called {name!r}. Give the model that stops early another name.")
     return Needs(
         tuple(dict.fromkeys(n for _, needs in all_needs for n in needs.models)),
@@ -107,7 +112,7 @@ def describe(checkpoint: Checkpoint, what: str) -> ModelInfo:
     if checkpoint.kind != "causal_lm":
         raise StemmaError(f"The {what} in {checkpoint.folder} is a {checkpoint.architecture}, no causal language model.")
     text = checkpoint.config.get_text_config()
-    return ModelInfo(int(text.vocab_size), int(text.hidden_size), checkpoint.context or 0, checkpoint.eos)
+    return ModelInfo(int(text.vocab_size), int(getattr(text, "hidden_size", 0)), checkpoint.context or 0, checkpoint.eos)
 
 
 def related(

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import stemma
+from stemma import claims
 from stemma.compiler import compile
 from stemma.ir import Array, Module, StemmaError
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext, Stage
@@ -290,6 +291,13 @@ def test_a_draft_that_cannot_serve(source: Path, draft: Path, tmp_path: Path) ->
     assert any("A tokenizer is missing" in note for note in report.notes)
 
 
+def test_a_shorter_context_is_noted(artifacts: Artifacts, source: Path, tmp_path: Path) -> None:
+    short = artifacts.checkpoint("llama", max_position_embeddings=64, num_hidden_layers=1)
+    report = compile(source, tmp_path / "m.stemma", models={"draft": short}, variants=["native"])
+    assert "The model 'draft' reads at most 64 tokens, the model itself 128." in report.notes
+    assert [m["context"] for m in as_json("inspect", tmp_path / "m.stemma")["models"]] == [128, 64]
+
+
 def test_presets_of_further_models(source: Path, draft: Path, tmp_path: Path) -> None:
     """The same preset and passes, or a preset of its own and nothing else."""
     settings: dict[str, Any] = {"preset": "balanced", "calibration_tokens": 16, "variants": ["native"]}
@@ -339,13 +347,34 @@ def test_bench(pair: Path) -> None:
     found = as_json("bench", pair, *options)["speculation"]
     assert found["accepted_length"] >= 1 and found["plain_tokens_per_second"] > 0 and found["speculated_tokens_per_second"] > 0
     assert "Speculation: " in succeeded("bench", pair, *options)
+    assert "has no program 'absent'" in refused("bench", pair, *options, "--program", "absent")
 
 
 def test_verify(pair: Path) -> None:
-    claims = {c["claim"]: c for c in as_json("verify", pair, "--threads", 2)["claims"]}
-    speculated = claims["generate decodes the same with and without speculation"]
+    found = {c["claim"]: c for c in as_json("verify", pair, "--threads", 2)["claims"]}
+    speculated = found["generate decodes the same with and without speculation"]
     assert speculated["held"] and speculated["detail"].startswith("0 of 40 answers differ")
-    assert all(c["held"] for c in claims.values()) and "small decodes the same in any batch" in claims
+    assert all(c["held"] for c in found.values()) and "small decodes the same in any batch" in found
+
+
+def test_verify_thoroughly(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--thorough decodes THOROUGH: 1,000 answers of 128 tokens at each temperature; fewer here."""
+    assert (claims.THOROUGH.prompts, claims.THOROUGH.tokens) == (1000, 128)
+    monkeypatch.setattr(claims, "THOROUGH", claims.Trial(5, (1,), 6))
+    found = {c["claim"]: c for c in as_json("verify", pair, "--threads", 2, "--thorough")["claims"]}
+    assert found["generate decodes the same with and without speculation"]["detail"].startswith("0 of 30 answers differ")
+
+
+def test_verify_finds_a_program_that_decodes_otherwise(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate_ids = stemma.Model.generate_ids
+
+    def other(self: stemma.Model, prompt: Any, **options: Any) -> Any:
+        found = generate_ids(self, prompt, **options)
+        return [[*ids, 0] for ids in found] if options.get("program") == "generate_plain" else found
+
+    monkeypatch.setattr(stemma.Model, "generate_ids", other)
+    failed = [c.claim for c in claims.verify_artifact(pair) if not c.held]
+    assert failed == ["generate decodes the same with and without speculation"]
 
 
 def test_programs_are_listed() -> None:
@@ -402,6 +431,7 @@ def test_dumps(source: Path, draft: Path, tmp_path: Path) -> None:
         (("--pass", "speculate{draft=medusa}"), "There are no medusa heads: .* do not exist. Name their folder"),
         (("--pass", "speculate{draft=nothing}"), "no drafter 'nothing'"),
         (("--pass", "early_exit{layers=2}"), "layers=2 is not between 1 and 1"),
+        (("--pass", "early_exit{model=model}"), "A further model cannot be called 'model'"),
         (("--pass", "early_exit{model=draft}", "--model", "draft=DRAFT"), "Two models are called 'draft'"),
         (("--model", "draft=BERT"), "is a BertModel, no causal language model"),
     ],

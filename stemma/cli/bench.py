@@ -89,8 +89,12 @@ def _speculation(
     loaded: Model, name: str, temperature: float, new_tokens: int, rounds: int, update: Callable[[str, int, int], None]
 ) -> dict[str, Any] | None:
     """The program with and without speculation on the same prompts, in turns; None when it is not speculated."""
+    from stemma.runtime import InputError
+
     spec = loaded.programs.get(name)
-    if spec is None or spec.plain is None:
+    if spec is None:
+        raise InputError(f"{loaded.manifest.name} has no program {name!r}; its programs: {', '.join(loaded.programs)}.")
+    if spec.plain is None:
         return None
     prompts = _excerpts(loaded, min(PROMPT_TOKENS, max(1, loaded.context - new_tokens)))
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "ignore_eos": True, "temperature": temperature}

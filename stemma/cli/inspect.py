@@ -102,10 +102,10 @@ def _programs(manifest: dict[str, Any]) -> None:
     rows = [
         (
             name,
-            entry["label"] if entry["label"] != "lossy" else f"lossy: {program_quality(entry.get('loss'))}",
-            ", ".join(entry["models"]),
+            entry.get("label", "") if entry.get("label") != "lossy" else f"lossy: {program_quality(entry.get('loss'))}",
+            ", ".join(entry.get("models", ())),
             ", ".join(_option(p) for p in entry["params"] if p["name"] not in kept[name]),
-            entry["doc"],
+            entry.get("doc", ""),
         )
         for name, entry in programs.items()
     ]
@@ -114,7 +114,7 @@ def _programs(manifest: dict[str, Any]) -> None:
     speculated = [
         (name, s["draft"], s["nodes"], s["verify"], s["shape"], human_bytes(sum(s["bytes"].values())),
          ", ".join(f"{k} {human_bytes(v)}" for k, v in s["bytes"].items()))
-        for name, s in ((name, entry["speculation"]) for name, entry in programs.items()) if s
+        for name, s in ((name, entry.get("speculation")) for name, entry in programs.items()) if s
     ]  # fmt: skip
     if speculated:
         table(("speculated", "drafter", "nodes", "verify", "shape", "memory", "of which"), speculated)

@@ -43,9 +43,11 @@ def program(name: str, constrained: bool, width: int, vocab: int, states: int, e
         node: Node = ops.param(name=name, type=Tensor(dtype, shape))
         return node
 
-    outside = [param("logits", BEAM, vocab, dtype="f32"), param("states", BEAM), param("indptr", states + 1), param("tokens", edges),
-               param("targets", edges)]  # fmt: skip
-    inside = [param(n.attrs["name"], *n.type.shape, dtype=n.type.dtype) for n in outside]  # type: ignore[union-attr, arg-type]
+    outside = [
+        param("logits", BEAM, vocab, dtype="f32"), param("states", BEAM), param("indptr", states + 1), param("tokens", edges),
+        param("targets", edges),
+    ]  # fmt: skip
+    inside = [param(n.attrs["name"], *n.type.shape, dtype=n.type.dtype) for n in outside]  # type: ignore[union-attr]
     turn, after = param("turn"), param("after", BEAM)
     logits, now, indptr, tokens, targets = inside
     new = after

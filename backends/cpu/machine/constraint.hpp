@@ -17,17 +17,15 @@ struct Automaton {
     return {first, last};
   }
   void check(int64_t first, int64_t last, int64_t vocab) const {  // that every token is in the vocabulary
-    int32_t low[8] = {}, high[8] = {};  // in blocks that become vectors
+    const uint32_t top = (uint32_t)vocab - 1;
+    uint32_t signs[8] = {};  // the sign of t or of top - t is set when t is outside; in blocks that become vectors
     int64_t e = first;
     for (; e + 8 <= last; e += 8)
-      for (int j = 0; j < 8; ++j) {
-        low[j] = std::min(low[j], tokens[e + j]);
-        high[j] = std::max(high[j], tokens[e + j]);
-      }
-    for (; e < last; ++e) low[0] = std::min(low[0], tokens[e]), high[0] = std::max(high[0], tokens[e]);
-    const int32_t lowest = *std::min_element(low, low + 8), highest = *std::max_element(high, high + 8);
-    if (first < last && (lowest < 0 || highest >= vocab))
-      fail("The constraint names the token %d; the vocabulary has %lld.", lowest < 0 ? lowest : highest, (long long)vocab);
+      for (int j = 0; j < 8; ++j) signs[j] |= (uint32_t)tokens[e + j] | (top - (uint32_t)tokens[e + j]);
+    for (; e < last; ++e) signs[0] |= (uint32_t)tokens[e] | (top - (uint32_t)tokens[e]);
+    for (uint32_t each : signs) signs[0] |= each;
+    for (e = first; signs[0] >> 31 && e < last; ++e)
+      if (tokens[e] < 0 || tokens[e] >= vocab) fail("The constraint names the token %d; the vocabulary has %lld.", tokens[e], (long long)vocab);
   }
 };
 [[noreturn]] inline void nothing(int64_t row, int32_t state, const Value* positions) {

@@ -19,7 +19,6 @@ from stemma import claims
 from stemma.compiler import compile
 from stemma.ir import Array, Module, StemmaError
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext, Stage
-from stemma.sources import Source, further_models
 from tests.commands import as_json, listing, refused, succeeded
 from tests.conftest import Artifacts
 from tests.models import END, VOCABULARY
@@ -274,6 +273,27 @@ def test_another_tokenizer(source: Path, draft: Path, tmp_path: Path) -> None:
     assert as_json("inspect", tmp_path / "m.stemma")["further_models"]["draft"]["common_tokens"] == 275
 
 
+def test_the_same_model_with_other_numbers_for_its_tokens(source: Path, tmp_path: Path) -> None:
+    """A draft model that is the target with its vocabulary shuffled guesses everything: tokens are translated both ways."""
+    copy = shutil.copytree(source, tmp_path / "shuffled")
+    data = json.loads((copy / "tokenizer.json").read_text())
+    places = np.arange(VOCABULARY)
+    places[:256] = np.random.default_rng(0).permutation(256)  # the bytes; both end tokens and merges stay
+    data["model"]["vocab"] = {token: int(places[i]) for token, i in data["model"]["vocab"].items()}
+    (copy / "tokenizer.json").write_text(json.dumps(data))
+    tensors = load_file(copy / "model.safetensors")
+    rows = np.empty_like(tensors["model.embed_tokens.weight"])
+    rows[places] = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"model.embed_tokens.weight": rows}, copy / "model.safetensors", metadata={"format": "pt"})
+    path, options = tmp_path / "m.stemma", {"max_new_tokens": 30, "ignore_eos": True}
+    step = "speculate{draft=draft_model{shape=chain,length=4},budget=5,shape=fixed}"
+    compile(source, path, models={"draft": copy}, passes=[step], variants=["native"])
+    with stemma.load(path) as model:
+        wanted = model.generate_ids(PROMPTS[2], program="generate_plain", **options)
+        assert model.generate_ids(PROMPTS[2], **options) == wanted
+        assert model.last_statistics.followed_per_tree > 4
+
+
 def test_a_draft_that_cannot_serve(source: Path, draft: Path, tmp_path: Path) -> None:
     """No token in common: refused before any tracing, when it is to draft."""
     names = json.loads((draft / "tokenizer.json").read_text())["model"]["vocab"]
@@ -469,13 +489,3 @@ def test_models_without_programs(artifacts: Artifacts, tmp_path: Path) -> None:
 )
 def test_options_of_run(pair: Path, arguments: tuple[Any, ...], words: str) -> None:
     assert words in refused("run", pair, "-p", "x", *arguments)
-
-
-def test_names_of_further_models() -> None:
-    """A mapping or a list, with presets or without."""
-    made = further_models({"draft": "a", "judge": Source("judge", Path("b"), "small")})
-    assert made == further_models(["draft=a", Source("judge", Path("b"), "small")])
-    assert further_models(["x=a,b,preset=exact"]) == (Source("x", Path("a,b"), "exact"),)
-    for name in ("medusa", "a_step", "Draft", "1"):
-        with pytest.raises(StemmaError, match="cannot be called"):
-            further_models({name: "a"})

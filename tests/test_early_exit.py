@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from stemma.passes.fuse import Fuse, JoinLinears
 from stemma.passes.heads import Heads
 from stemma.passes.incremental import Incremental
 from stemma.passes.quantize import Quantize, RoundActivations
+from stemma.sources import Source, further_models
 from tests.programs import tiny_lm
 
 pytestmark = pytest.mark.quick
@@ -162,3 +164,13 @@ def test_merging_names_that_clash() -> None:
     weights.add("draft.w", Tensor("f32", (1,)), lambda: np.zeros(1))
     with pytest.raises(StemmaError, match="Two weights are called 'draft.w'"):
         merge_models({"model": (module, weights), "draft": doubled("b")})
+
+
+def test_names_of_further_models() -> None:
+    """A mapping or a list, with presets or without."""
+    made = further_models({"draft": "a", "judge": Source("judge", Path("b"), "small")})
+    assert made == further_models(["draft=a", Source("judge", Path("b"), "small")])
+    assert further_models(["x=a,b,preset=exact"]) == (Source("x", Path("a,b"), "exact"),)
+    for name in ("medusa", "a_step", "Draft", "1"):
+        with pytest.raises(StemmaError, match="cannot be called"):
+            further_models({name: "a"})

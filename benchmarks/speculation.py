@@ -3,8 +3,8 @@
 The bundled target continues prompts from source files that neither it nor a drafter was trained on. All drafters run on one
 artifact, as speculated programs need no compiler. Per prompt the plain program and the speculated one run one after the other, in
 turns; a row has the medians over prompts of tokens per second and of their ratio (quartiles in brackets), tokens per call of the
-target, nodes per call, the share of time for drafting, and tokens that differ from the plain ones. Tables that a drafter keeps are
-empty at the first prompt and go on from there.
+target, nodes per call, the share of time for drafting, and tokens that differ from the plain ones. Tables that a drafter keeps, and
+what the governor measured, begin empty and are filled by other prompts (--warm), which no number includes.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def prompts(model: stemma.Model, count: int, length: int) -> list[list[int]]:
 
 
 def context(model: stemma.Model) -> PassContext:
-    infos = {
-        m["name"]: ModelInfo(m["vocab"], m["width"], m["context"], tuple(m["eos"])) for m in model.manifest.raw["models"]
-    }
+    infos = {m["name"]: ModelInfo(m["vocab"], m["width"], m["context"], tuple(m["eos"])) for m in model.manifest.raw["models"]}
     return PassContext(models=infos)
 
 
@@ -111,10 +109,13 @@ def programs(model: stemma.Model, options: str) -> tuple[TracedProgram, TracedPr
     return plain, TracedProgram(fast, plain.defaults)
 
 
-def measure(model: stemma.Model, options: str, texts: list[list[int]], tokens: int, temperature: float) -> Row:
+def measure(model: stemma.Model, options: str, texts: list[list[int]], warm: int, tokens: int, temperature: float) -> Row:
+    """texts: the first `warm` of them are not measured."""
     plain, fast = programs(model, options)
+    for number, ids in enumerate(texts[:warm]):
+        model.generate_ids(ids, seed=number, ignore_eos=True, program=fast, max_new_tokens=tokens, temperature=temperature)
     row = Row([], [])
-    for number, ids in enumerate(texts):
+    for number, ids in enumerate(texts[warm:], warm):
         found: dict[bool, Any] = {}
         for speculated in (False, True) if number % 2 else (True, False):
             given: Any = {"program": fast if speculated else plain, "max_new_tokens": tokens, "temperature": temperature}
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, help="an artifact with all the models, instead of making one")
     parser.add_argument("--draft", action="append", help="options of speculate: draft=recycling,budget=64")
     parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--warm", type=int, default=24)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--threads", type=int)
@@ -153,12 +155,15 @@ def main() -> None:
     rows = given.draft or [f'draft="{draft}",budget={budget},shape={shape}' for draft, budget, shape in ROWS]
     with tempfile.TemporaryDirectory() as folder:
         model = stemma.load(given.artifact or artifact(given.preset, Path(folder)), threads=given.threads)
-        texts = prompts(model, given.prompts, given.length)
+        texts = prompts(model, given.warm + given.prompts, given.length)
         print(f"{given.prompts} prompts of {given.length} tokens, {given.tokens} new ones, temperature {given.temperature:g}:\n")
         print("| drafter | plain tok/s | speculated tok/s | ratio | tokens per call | nodes per call | drafting | differing |")
         print("|---|---|---|---|---|---|---|---|")
         for options in rows:
-            print(measure(model, options, texts, given.tokens, given.temperature).text(options.replace('"', "")), flush=True)
+            print(
+                measure(model, options, texts, given.warm, given.tokens, given.temperature).text(options.replace('"', "")),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -69,24 +69,24 @@ class DraftContext:
         return tree.extend(parents, tokens, scores, source=self.source)
 
     def likely(self, logits: Value, positions: Value, sharpness: float = 1.0) -> Value:
-        """Log-probabilities f32[n, vocab] that the program chooses each token, guessed from a drafter's logits.
+        """Probabilities f32[n, vocab] that the program chooses each token, guessed from a drafter's logits.
 
         At a temperature the noise that the program will add at those positions (i32[n]) is known, because it is counted: it is
         added here too, so that both choose the same token where their distributions are close (a Gumbel coupling). Other verifiers
         than identical draw otherwise.
         """
         if not self.settings:
-            return p.log_softmax(logits * sharpness)
+            return p.softmax(logits * sharpness)
         temperature, seed, sequence = (self.settings[name] for name in ("temperature", "seed", "sequence"))
 
         def sampled() -> Value:
             scaled = logits / temperature
             coupled = self.verify == "identical"
             if not coupled:
-                return p.log_softmax(scaled)
-            return p.log_softmax((scaled + p.noise(seed, sequence, positions, self.vocab)) * sharpness)
+                return p.softmax(scaled)
+            return p.softmax((scaled + p.noise(seed, sequence, positions, self.vocab)) * sharpness)
 
-        found: Value = p.cond(temperature > 0.0, sampled, lambda: p.log_softmax(logits * sharpness))
+        found: Value = p.cond(temperature > 0.0, sampled, lambda: p.softmax(logits * sharpness))
         return found
 
     def noise(self, positions: Value) -> Value:
@@ -154,7 +154,7 @@ samples of; the last row is for nodes that do not exist."""
 @dataclass(frozen=True)
 class Layer:
     """The next layer of a tree: place of the parent in the layer before, token (-1: none), probability after the parent, and
-    log-probability of the path; all [width]."""
+    probability of the path; all [width]."""
 
     places: Value
     tokens: Value
@@ -165,12 +165,12 @@ class Layer:
 def best_layer(paths: Value, likely: Value, width: int, least: float = 0.0) -> Layer:
     """The likeliest `width` children of a layer of nodes that have a path probability of at least `least`.
 
-    paths f32[n]: log-probability of the path to each node (-inf: no node). likely f32[n, vocab]: of each token after it.
+    paths f32[n]: probability of the path to each node (0: no node). likely f32[n, vocab]: of each token after it.
     """
     scores, tokens = p.top_k(likely, width)
-    best, at = p.top_k(flat(paths[:, None] + scores), width)
-    kept = (best > float("-inf")) & (p.exp(best) >= least)
-    return Layer(at // width, p.where(kept, flat(tokens)[at], -1), p.exp(flat(scores)[at]), p.where(kept, best, float("-inf")))
+    best, at = p.top_k(flat(paths[:, None] * scores), width)
+    kept = (best > 0.0) & (best >= least)
+    return Layer(at // width, p.where(kept, flat(tokens)[at], -1), flat(scores)[at], p.where(kept, best, 0.0))
 
 
 def flat(x: Value) -> Value:

@@ -85,7 +85,7 @@ class DraftModel(Drafter):
             places, ranks = p.array([place for place, _ in level]), p.array([rank for _, rank in level])
             scores, tokens = p.top_k(grown.likely(logits, depth), len(RANKS))
             at = places * len(RANKS) + ranks
-            nodes = grown.extend(nodes[places], flat(tokens)[at], p.exp(flat(scores)[at]))
+            nodes = grown.extend(nodes[places], flat(tokens)[at], flat(scores)[at])
             if depth + 1 < len(levels):
                 logits = grown.expand(len(level))
 
@@ -101,26 +101,25 @@ class DraftModel(Drafter):
             return more, after, best.paths, p.cond(more, lambda: grown.expand(width), lambda: logits), depth + 1
 
         root = p.array([0] + [-1] * (width - 1))
-        p.loop(layer, root, p.where(root >= 0, 0.0, float("-inf")), grown.expand(width), p.as_value(0))
+        p.loop(layer, root, p.where(root >= 0, 1.0, 0.0), grown.expand(width), p.as_value(0))
 
     def nodes(self, context: DraftContext, grown: Grown, state: State) -> None:
         """Always the likeliest path of all that the tree does not have: its end becomes a node, and the model runs on that."""
         size, width = context.size, min(self.width, context.vocab)
 
         def add(ends: Value, scores: Value, tokens: Value, paths: Value, depths: Value, last: Value) -> tuple[object, ...]:
-            """[size, width]: path log-probability (-inf: in the tree), probability and token of each node's best children."""
+            """[size, width]: path probability (-1: none, or in the tree), probability and token of each node's best children."""
             best, found = p.top_k(grown.likely(grown.expand(1), depths[last]), width)
-            ends = ends.put(last, p.where(depths[last] < self.length, paths[last] + best[0], float("-inf")))
-            scores, tokens = scores.put(last, p.exp(best[0])), tokens.put(last, found[0])
+            ends = ends.put(last, p.where(depths[last] < self.length, paths[last] * best[0], -1.0))
+            scores, tokens = scores.put(last, best[0]), tokens.put(last, found[0])
             at = flat(ends).argmax()
             node = grown.extend((at // width)[None], flat(tokens)[at][None], flat(scores)[at][None])[0]
             new = p.maximum(node, 0)
             paths, depths = paths.put(new, flat(ends)[at]), depths.put(new, depths[at // width] + 1)
-            return node >= 0, flat(ends).put(at, float("-inf")).reshape(size, width), scores, tokens, paths, depths, new
+            return node >= 0, flat(ends).put(at, -1.0).reshape(size, width), scores, tokens, paths, depths, new
 
-        none = p.full((size, width), float("-inf"))
-        zeros = p.full(size, 0)
-        p.loop(add, none, none, p.full((size, width), -1), zeros.float(), zeros, p.as_value(0))
+        none, zeros = p.full((size, width), -1.0), p.full(size, 0)
+        p.loop(add, none, none, none.int(), zeros.float() + 1.0, zeros, p.as_value(0))
 
     def sampled(self, context: DraftContext, grown: Grown, state: State) -> None:
         """Samples without replacement: the largest of log q + Gumbel noise, of each node or of a layer."""
@@ -128,10 +127,10 @@ class DraftModel(Drafter):
         width, count = min(self.width, context.size - 1), 1
         for depth in range(self.length):
             likely = grown.likely(logits, depth)
-            drawn = likely
+            drawn = p.log(likely)
             if Q in state:
-                state[Q].value = state[Q].value.put(p.where(nodes < 0, context.size, nodes), p.exp(likely))
-                drawn = likely + context.noise(grown.positions(depth, likely.shape[0]))
+                state[Q].value = state[Q].value.put(p.where(nodes < 0, context.size, nodes), likely)
+                drawn = drawn + context.noise(grown.positions(depth, likely.shape[0]))
             if self.shape == "beam":
                 total = conditioned(paths[:, None] + drawn, above) if Q in state else paths[:, None] + drawn
                 each, tokens = p.top_k(total, width)
@@ -142,9 +141,9 @@ class DraftModel(Drafter):
                 each, tokens = p.top_k(drawn, width)
                 places, tokens = p.array([i // width for i in range(width * len(nodes))]), flat(tokens)
                 above = flat(each)
-            scores = likely.reshape(likely.shape[0] * context.vocab)[places * context.vocab + p.maximum(tokens, 0)]
-            paths = p.where(tokens >= 0, paths[places] + scores, float("-inf"))
-            nodes = grown.extend(nodes[places], tokens, p.exp(scores))
+            scores = flat(likely)[places * context.vocab + p.maximum(tokens, 0)]
+            paths = p.where(tokens >= 0, paths[places] + p.log(scores), float("-inf"))
+            nodes = grown.extend(nodes[places], tokens, scores)
             count += len(nodes)
             if count >= context.size or depth + 1 == self.length:
                 break
@@ -184,7 +183,7 @@ class Grown:
         return p.where(self.table >= 0, logits[:, p.maximum(self.table, 0)], LOWEST)
 
     def likely(self, logits: Value, depth: Value | int) -> Value:
-        """Log-probabilities of the program's choice after nodes of a depth (the root's: 0)."""
+        """Probabilities of the program's choice after nodes of a depth (the root's: 0)."""
         return self.context.likely(logits, self.positions(depth, logits.shape[0]), self.sharpness)
 
     def positions(self, depth: Value | int, count: SizeLike) -> Value:

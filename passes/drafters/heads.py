@@ -47,7 +47,7 @@ class Medusa(Drafter):
     def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
         logits = p.call("medusa", state[HIDDEN].value, type=("f32", (1, self.heads, context.vocab)))[0]
         likely = context.likely(logits, text.length() + 1 + p.arange(self.heads))
-        nodes, paths, width = p.array([0]), p.full(1, 0.0), min(self.width, context.size - 1)
+        nodes, paths, width = p.array([0]), p.full(1, 1.0), min(self.width, context.size - 1)
         for i in range(self.heads):
             best = best_layer(paths, likely[i : i + 1].broadcast_to(len(nodes), context.vocab), width, 1.0 / context.size)
             nodes, paths = context.extend(tree, nodes[best.places], best.tokens, best.scores), best.paths
@@ -63,7 +63,7 @@ class Hydra(Medusa):
     name: ClassVar[str] = "hydra"
 
     def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
-        nodes, paths, path, width = p.array([0]), p.full(1, 0.0), token[None], min(self.width, context.size - 1)
+        nodes, paths, path, width = p.array([0]), p.full(1, 1.0), token[None], min(self.width, context.size - 1)
         for i in range(self.heads):
             count = len(nodes)
             hidden = state[HIDDEN].value.broadcast_to(count, context.width)

@@ -14,10 +14,9 @@ from stemma.ir.trace import Sequences, Tree, Value
 from stemma.ir.trace_scope import Cell
 from stemma.passes.base import ModelInfo, Needs
 from stemma.passes.drafters.base import DraftContext, Drafter, Q, State, best_layer, flat
-from stemma.passes.drafters.shapes import likeliest
+from stemma.passes.drafters.shapes import RANKS, likeliest
 
 OVERLAP = 0.05  # the least share of the target's tokens that the draft model must know
-RANKS = (0.6, 0.12, 0.06, 0.03, 0.02, 0.015, 0.01, 0.008)  # typical acceptance by rank, for the fixed tree
 LOWEST = float("-inf")
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import math
 from functools import lru_cache
 
 Level = tuple[tuple[int, int], ...]
 """The nodes of a level, each as (place of its parent in the level before, rank among the guesses after the parent)."""
 
 RECYCLING = (8, 21, 25, 15, 8, 3)
+RANKS = (0.6, 0.12, 0.06, 0.03, 0.02, 0.015, 0.01, 0.008)
+"""Typical acceptance of guesses by rank."""
 
 
 def cost(path: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
@@ -18,14 +21,19 @@ def cost(path: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
 
 @lru_cache
 def published(nodes: int = sum(RECYCLING), k: int = 8) -> tuple[Level, ...]:
-    """The tree of Token Recycling: 80 nodes below the root, in levels of 8, 21, 25, 15, 8 and 3; of those the first `nodes`.
+    """The tree of Token Recycling: 80 nodes below the root, in levels of 8, 21, 25, 15, 8 and 3; of those the `nodes` likeliest.
 
     Which nodes a level has is RECONSTRUCTED: of all paths of ranks with a parent in the tree, those of the smallest cost.
     """
     levels: list[list[tuple[int, ...]]] = [[()]]
     for count in RECYCLING:
         levels.append(sorted(((*path, rank) for path in levels[-1] for rank in range(k)), key=cost)[:count])
-    return _levels(sorted((path for level in levels[1:] for path in level), key=cost)[:nodes])
+    return _levels(sorted((path for level in levels[1:] for path in level), key=lambda path: (-chance(path), path))[:nodes])
+
+
+def chance(path: tuple[int, ...]) -> float:
+    """The typical acceptance of a path of ranks; ranks beyond the known ones are like the last."""
+    return math.prod(RANKS[min(rank, len(RANKS) - 1)] for rank in path)
 
 
 def _levels(paths: list[tuple[int, ...]]) -> tuple[Level, ...]:

@@ -311,6 +311,8 @@ class _Loop:
 
         def drafted(limit: Value) -> Tree:
             trees = [p.tree(token, limit, size) for _ in contexts]
+            for context in contexts:
+                context.limit = limit
             for drafter, context, tree in zip(program.drafters, contexts, trees, strict=True):
                 drafter.draft(context, text.copy(), token, tree, cells)
             if len(trees) == 1:

@@ -51,7 +51,7 @@ class DraftContext:
 
     size: nodes of a tree, root included. model, vocab, width: of the text's model. models: all, by name. settings: what the
     program gives to `select` (temperature, seed, ...), by name; empty when they are not known before the step. source: its
-    number. verify: the verifier. weights: a drafter may add constant tables.
+    number. limit: nodes that this tree may have, i32(). verify: the verifier. weights: a drafter may add constant tables.
     """
 
     size: int
@@ -63,6 +63,7 @@ class DraftContext:
     weights: WeightStore = field(default_factory=WeightStore)
     settings: Mapping[str, Value] = field(default_factory=dict)
     source: int = 0
+    limit: Value | int = 0
 
     def extend(self, tree: Tree, parents: Any, tokens: Any, scores: Any) -> Value:
         """Adds guesses of this drafter to a tree; the numbers of their nodes, i32[m] (-1: no room)."""

@@ -93,14 +93,15 @@ class DraftModel(Drafter):
         width = 1 if self.shape == "chain" else min(self.width, context.size - 1)
         least = self.least if self.shape == "chain" else 1.0 / context.size
 
-        def layer(nodes: Value, paths: Value, logits: Value, depth: Value) -> tuple[object, ...]:
+        def layer(nodes: Value, paths: Value, logits: Value, depth: Value, count: Value) -> tuple[object, ...]:
             best = best_layer(paths, grown.likely(logits, depth), width, least)
             after = grown.extend(nodes[best.places], best.tokens, best.scores)
-            more = (after >= 0).any() & (depth + 1 < self.length)
-            return more, after, best.paths, p.cond(more, lambda: grown.expand(width), lambda: logits), depth + 1
+            added = (after >= 0).int().sum()
+            more = (added > 0) & (depth + 1 < self.length) & (count + added < context.limit)
+            return more, after, best.paths, p.cond(more, lambda: grown.expand(width), lambda: logits), depth + 1, count + added
 
         root = p.array([0] + [-1] * (width - 1))
-        p.loop(layer, root, p.where(root >= 0, 1.0, 0.0), grown.expand(width), p.as_value(0))
+        p.loop(layer, root, p.where(root >= 0, 1.0, 0.0), grown.expand(width), p.as_value(0), p.as_value(1))
 
     def nodes(self, context: DraftContext, grown: Grown, state: State) -> None:
         """Always the likeliest path of all that the tree does not have: its end becomes a node, and the model runs on that."""
@@ -115,7 +116,15 @@ class DraftModel(Drafter):
             node = grown.extend((at // width)[None], flat(tokens)[at][None], flat(scores)[at][None])[0]
             new = p.maximum(node, 0)
             paths, depths = paths.put(new, flat(ends)[at]), depths.put(new, depths[at // width] + 1)
-            return node >= 0, flat(ends).put(at, -1.0).reshape(size, width), scores, tokens, paths, depths, new
+            return (
+                (node >= 0) & (new + 1 < context.limit),
+                flat(ends).put(at, -1.0).reshape(size, width),
+                scores,
+                tokens,
+                paths,
+                depths,
+                new,
+            )
 
         none, zeros = p.full((size, width), -1.0), p.full(size, 0)
         p.loop(add, none, none, none.int(), zeros.float() + 1.0, zeros, p.as_value(0))

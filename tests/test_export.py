@@ -111,12 +111,13 @@ def test_the_api_by_its_functions(folder: Path) -> None:
 
     kind: Any = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int32), ctypes.c_int64)
     assert generate(callback=kind(until_five), ignore_eos=1) == 5 and seen == fake.greedy(PROMPT, 5)
-    for call, message in (
-        (lambda: generate(heat=1), b"has no option heat"),
-        (lambda: generate(top_k=1.5), b"The option top_k cannot be 1.5"),
-        (lambda: generate(program=b"beam"), b"There is no program 'beam'"),
-    ):
-        assert call() == -1 and message in c.stemma_error(model)
+    wrong: tuple[tuple[dict[str, Any], bytes], ...] = (
+        ({"heat": 1}, b"has no option heat"),
+        ({"top_k": 1.5}, b"The option top_k cannot be 1.5"),
+        ({"program": b"beam"}, b"There is no program 'beam'"),
+    )
+    for options, message in wrong:
+        assert generate(**options) == -1 and message in c.stemma_error(model)
     assert generate(max_new_tokens=2) == 2 and c.stemma_error(model) == b""
     c.stemma_free(model)
 

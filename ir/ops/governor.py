@@ -22,6 +22,8 @@ from stemma.ir.types import Array, State, Type
 DEPTHS, BUCKETS, RANKS = 8, 32, 16
 EXPLORE = 16
 """Every so many turns twice as many nodes stay, so that estimates of those that are left out do not go stale."""
+PLAIN = 64
+"""Every so many turns the root is alone, so that the seconds of a plain call are known."""
 
 
 def bucket(rank: int, score: float) -> int:
@@ -124,6 +126,8 @@ class Prune(ProgramOp):
                 count, rate = n, total / seconds(n + 1)
         if governor.turns % EXPLORE == EXPLORE - 1:
             count = min(len(best), 2 * count + 2)
+        elif governor.turns % PLAIN == PLAIN // 2:
+            count = 0
         return subset(tree, sorted(best[:count]))
 
 

@@ -253,7 +253,7 @@ struct Tree : Object {
   // rank: place among the siblings of one source; depth of the root: 0
   std::vector<int32_t> tokens, parents, sources, ranks, depths;
   std::vector<float> scores;
-  double drafting = 0;  // seconds that it took to draft, as `prune` measured
+  std::vector<std::pair<double, double>> prospects;  // what `prune` expected of smaller limits: tokens, seconds of the call
   Object* clone() const override { return new Tree(*this); }
   int64_t count() const { return (int64_t)tokens.size(); }
   int32_t child(int32_t parent, int32_t token) const {
@@ -296,7 +296,7 @@ struct Sequences : Object {      // State["sequences", ...]
   std::vector<Value> node_logits, node_hidden;  // of each such node: views f32[vocab], f32[width]
   std::vector<int32_t> visited;                 // nodes followed, root first; `each[0].tokens` includes their tokens
   int64_t expand_rows = 0, expand_batch = 0;    // of the last `expand`, run in one call: its rows, the call's; 0: not known
-  double expand_seconds = 0;                    // of that call
+  double expand_seconds = 0, draft_seconds = 0;  // of that call; from `plan` to it
   std::vector<TableRow> tree_rows;              // table rows of the paths to the tree's second, third, ... leaf
   Sequences() {}
   Sequences(const Sequences&);                  // shares every slot

@@ -11,7 +11,9 @@ namespace stemma {
 namespace governor {
 
 constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16;
-constexpr int64_t EXPLORE = 16, WINDOW = 16, PROBE = 4, FIRST_PAUSE = 32, LONGEST_PAUSE = 1024, ROWS = 512;
+constexpr int64_t LIMITS[] = {2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256};  // what `plan` chooses from
+constexpr size_t CHOICES = sizeof LIMITS / sizeof *LIMITS;
+constexpr int64_t EXPLORE = 16, PLAIN = 64, WINDOW = 16, PROBE = 4, FIRST_PAUSE = 32, LONGEST_PAUSE = 1024, ROWS = 512;
 
 inline int bucket(int32_t rank, float score) {
   if (score >= 1) return std::min(rank, RANKS - 1);
@@ -28,9 +30,15 @@ struct Governor : Object {
   std::vector<double> accepted;
   std::vector<int64_t> tried;
   // Times.
-  std::vector<double> measured = std::vector<double>(ROWS + 1), curve;  // seconds by rows; measured: 0 when never
+  // Seconds by rows at the usual speed of the machine (measured: 0 when never), and how much slower than that it is now.
+  std::vector<double> measured = std::vector<double>(ROWS + 1), curve;
+  double slowness = 1;
   std::vector<int32_t> measurements = std::vector<int32_t>(ROWS + 1);
-  double drafting = 0, others = 1, kept = 0;  // averages: seconds to draft a tree, see above, nodes of a tree that was kept
+  double others = 1;  // an average
+  // Of each of LIMITS: tokens and seconds of a call that were expected, seconds of drafting that were measured; 0: never.
+  struct Choice { double tokens = 0, seconds = 0, drafting = 0; };
+  std::vector<Choice> choices = std::vector<Choice>(CHOICES);
+  int64_t widest = 0;  // limit so far
   // Whether it pays.
   bool on = true;
   int64_t resume = 0, pause = FIRST_PAUSE;  // when off: the turn of the next try, and the turns to wait after it
@@ -55,15 +63,16 @@ struct Governor : Object {
     if (curve.empty()) return 1 + (double)rows / 16;
     const double at = std::max((double)rows * others, 1.0);
     const int64_t low = (int64_t)at;
-    if (low >= ROWS) return curve[ROWS] * at / ROWS;
-    return curve[(size_t)low] + (curve[(size_t)low + 1] - curve[(size_t)low]) * (at - (double)low);
+    if (low >= ROWS) return slowness * curve[ROWS] * at / ROWS;
+    return slowness * (curve[(size_t)low] + (curve[(size_t)low + 1] - curve[(size_t)low]) * (at - (double)low));
   }
   void measure(int64_t rows, double took) {
     if (rows < 1 || rows > ROWS) return;
     double& average = measured[(size_t)rows];
     int32_t& n = measurements[(size_t)rows];
     if (n < 16) ++n;
-    mix(average, took, 1.0 / n);
+    if (!curve.empty()) mix(slowness, std::clamp(took / curve[(size_t)rows], slowness / 2, slowness * 2), 0.25);
+    mix(average, took / slowness, 1.0 / n);
     // Never falling: the middle between the largest before and the smallest after; straight between what was measured.
     curve.assign(ROWS + 1, 0.0);
     double most = 0, least = HUGE_VAL;
@@ -87,6 +96,29 @@ struct Governor : Object {
     for (int64_t r = last + 1; r <= ROWS; ++r) curve[(size_t)r] = curve[(size_t)last] + slope * (double)(r - last);
   }
   bool knows_plain() const { return measured[(size_t)std::clamp<int64_t>((int64_t)(others + 0.5), 1, ROWS)] > 0; }
+  // Seconds to draft with a limit: between what was measured of others, in proportion beyond.
+  double drafting(int64_t limit) const {
+    int64_t below = 0, above = 0;
+    double low = 0, high = 0;
+    for (size_t i = 0; i < CHOICES; ++i) {
+      if (!(choices[i].drafting > 0)) continue;
+      if (LIMITS[i] <= limit) below = LIMITS[i], low = choices[i].drafting;
+      else if (!above) above = LIMITS[i], high = choices[i].drafting;
+    }
+    if (!above) return below ? low * (double)limit / (double)below : 0;
+    return low + (high - low) * (double)(limit - below) / (double)(above - below);
+  }
+  // The largest limit, up to `most`, whose expected tokens per second are about the best.
+  int64_t limit(int64_t most) const {
+    if (turns < EXPLORE || turns % EXPLORE == EXPLORE - 1) return most;
+    const auto rate = [&](size_t i) { return choices[i].tokens / (choices[i].seconds + drafting(LIMITS[i])); };
+    double best = 0;
+    for (size_t i = 0; i < CHOICES && LIMITS[i] <= most && choices[i].tokens > 0; ++i) best = std::max(best, rate(i));
+    int64_t found = most;
+    for (size_t i = 0; i < CHOICES && LIMITS[i] <= most && choices[i].tokens > 0; ++i)
+      if (rate(i) > best * 0.97) found = i + 1 == CHOICES || LIMITS[i + 1] > most ? most : LIMITS[i];
+    return found;
+  }
   bool drafts() const { return on || turns >= resume; }
   // Whether what was drafted in the last turns made decoding faster.
   void judge() {
@@ -105,9 +137,8 @@ struct Governor : Object {
 inline bool op_plan(Call& call) {
   const Governor& g = state_of<Governor>(call.in[0]);
   const int64_t most = std::min(call.size(0), g.size);
-  int64_t n = !g.drafts() ? 1 : g.turns < 2 || g.turns % EXPLORE == EXPLORE - 1 ? most : std::min(most, std::max<int64_t>(8, (int64_t)(2 * g.kept) + 8));
   call.out[0] = tensor(I32, {});
-  *call.out[0].i32() = (int32_t)std::max<int64_t>(n, 1);
+  *call.out[0].i32() = (int32_t)(g.drafts() ? std::max<int64_t>(g.limit(most), 1) : 1);
   return true;
 }
 inline bool op_prune(Call& call) {
@@ -119,20 +150,34 @@ inline bool op_prune(Call& call) {
   for (int32_t i = 1; i < (int32_t)t.count(); ++i) best.push_back(i);
   std::stable_sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return scores[(size_t)a] > scores[(size_t)b]; });
   if ((int64_t)best.size() > g.size - 1) best.resize((size_t)(g.size - 1));
-  size_t count = 0;
-  double rate = 1 / (g.cost(1) + g.drafting), total = 1;
-  for (size_t n = 1; n <= best.size(); ++n) {
-    total += scores[(size_t)best[n - 1]];
-    const double now = total / (g.cost((int64_t)n + 1) + g.drafting);
-    if (now > rate) count = n, rate = now;
-  }
+  // The best n of the nodes that a limit allows: (n, expected tokens, seconds of the call). order: of a node among its drafter's.
+  std::vector<int64_t> order, seen((size_t)g.sources, 1);
+  for (int64_t i = 0; i < t.count(); ++i) order.push_back(i ? seen[(size_t)std::clamp<int64_t>(t.sources[(size_t)i], 0, g.sources - 1)]++ : 0);
+  const auto choose_of = [&](int64_t limit, double seconds) {
+    std::tuple<size_t, double, double> found(0, 1.0, g.cost(1));
+    double rate = 1 / (g.cost(1) + seconds), total = 1;
+    int64_t rows = 1;
+    for (size_t n = 1; n <= best.size(); ++n) {
+      if (order[(size_t)best[n - 1]] >= limit) continue;
+      total += scores[(size_t)best[n - 1]];
+      const double call_seconds = g.cost(++rows), now = total / (call_seconds + seconds);
+      if (now > rate) found = {n, total, call_seconds}, rate = now;
+    }
+    return found;
+  };
+  size_t count = std::get<0>(choose_of(INT64_MAX, drafting));
   if (g.turns % EXPLORE == EXPLORE - 1) count = std::min(best.size(), 2 * count + 2);
+  else if (g.turns % PLAIN == PLAIN / 2) count = 0;
   else if (g.turns >= 2 && !g.curve.empty() && !g.knows_plain()) count = 0;  // a plain call must be seen once
   best.resize(count);
   std::sort(best.begin(), best.end());
   Tree* kept = new Tree;
   call.out[0] = state_value(kept);
-  kept->size = t.size, kept->limit = t.limit, kept->drafting = drafting;
+  kept->size = t.size, kept->limit = t.limit;
+  for (size_t i = 0; i < CHOICES && LIMITS[i] * g.sources <= t.limit; ++i) {
+    const auto [n, tokens, seconds] = choose_of(LIMITS[i], g.drafting(LIMITS[i]));
+    kept->prospects.emplace_back(tokens, seconds);
+  }
   std::vector<int32_t> place((size_t)t.count(), 0);
   best.insert(best.begin(), 0);
   for (int32_t i : best) {
@@ -159,9 +204,16 @@ inline bool op_learn(Call& call) {
     mix(g.others, std::max((double)s.expand_batch / (double)s.expand_rows, 1.0), g.turns ? 0.125 : 1.0);
     g.measure(s.expand_batch, s.expand_seconds);
     if (s.tree->limit > 1) {
-      mix(g.drafting, s.tree->drafting, g.turns ? 0.125 : 1.0);
-      mix(g.kept, (double)s.expand_rows, g.turns ? 0.125 : 1.0);
-      g.tokens += (double)s.visited.size(), g.seconds += s.expand_seconds + s.tree->drafting;
+      const int64_t limit = s.tree->limit / g.sources;
+      g.widest = std::max(g.widest, limit);
+      for (size_t i = 0; i < CHOICES; ++i) {
+        Governor::Choice& c = g.choices[i];
+        if (LIMITS[i] <= limit && (i + 1 == CHOICES || LIMITS[i + 1] > limit)) mix(c.drafting, s.draft_seconds, c.drafting > 0 ? 0.125 : 1.0);
+        if (i >= s.tree->prospects.size() || limit < g.widest) continue;  // choices are compared on the same turns
+        const double weight = c.tokens > 0 ? 0.125 : 1.0;
+        mix(c.tokens, s.tree->prospects[i].first, weight), mix(c.seconds, s.tree->prospects[i].second, weight);
+      }
+      g.tokens += (double)s.visited.size(), g.seconds += s.expand_seconds + s.draft_seconds;
       g.judge();
     }
   }

@@ -330,11 +330,10 @@ class _Loop:
         else:
             tree = drafted(p.as_value(1 + (size - 1) // len(contexts)))
         logits = text.expand(tree, size)
-        hidden = text.hidden
-        again, *carried = self._follow(text, cells)
+        again, hidden, *carried = self._follow(text, cells)
         text.node = carried[match.position]
         for drafter, context in zip(program.drafters, contexts, strict=True):
-            drafter.observe(context, text.copy(), tree, logits, hidden, cells)
+            drafter.observe(context, text.copy(), tree, logits, Value(hidden), cells)
         if measured:
             cells[GOVERNOR].node = build("learn", cells[GOVERNOR].node, text.node)
         text.settle()
@@ -352,10 +351,11 @@ class _Loop:
         match = self.match
         body = match.body
         names = {q.attrs["name"] for q in body.params}
-        carried = {unique("again", names): ops.constant(value=True, dtype="bool")}
+        nothing = ops.broadcast_to(ops.constant(value=0.0, dtype="f32"), shape=(1, self.program.context.width))
+        carried = {unique("again", names): ops.constant(value=True, dtype="bool"), unique("hidden", names): nothing}
         if self.samples:
             carried[unique(Q, names)] = cells[Q].node
-        last, *drawn_from = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
+        last, hidden, *drawn_from = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
         followed = ops.follow(body.params[match.position], match.token)
 
         def replaced(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -367,12 +367,14 @@ class _Loop:
         next_token = Function("", body.params, {"token": match.token}).inline(*after)[0]
         on = ops.logical_and(again, ops.has_child(after[match.position], next_token))
         names = set(body.result_names)
-        extra = [(unique(q.attrs["name"], names), again if q is last else q) for q in params]
+        wanted = any(d.needs().hidden for d in self.program.drafters)
+        new = {last: again, hidden: ops.get(followed, index=2) if wanted else hidden}
+        extra = [(unique(q.attrs["name"], names), new.get(q, q)) for q in params]
         pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), *extra]
         init = [text.node if i == match.position else q for i, q in enumerate(body.params)]
         loop = ops.loop(*init, *carried.values(), body=Function("", (*body.params, *params), pairs))
         count = len(body.params)
-        return [ops.get(loop, index=count), *(ops.get(loop, index=i) for i in range(count))]
+        return [ops.get(loop, index=i) for i in (count, count + 1, *range(count))]
 
     def _chosen(self, inputs: tuple[Node, ...], drawn_from: list[Node]) -> Node:
         """The choice of the next token by the verifier, from the inputs of the plain `select`."""

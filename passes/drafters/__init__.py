@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stemma.passes.drafters.base import DraftContext, Drafter, Q, State, Table, last_followed
+from stemma.passes.drafters.base import DraftContext, Drafter, Q, State, Table
 from stemma.passes.drafters.registry import all_drafters, make_drafters
 
-__all__ = ["DraftContext", "Drafter", "Q", "State", "Table", "all_drafters", "last_followed", "make_drafters"]
+__all__ = ["DraftContext", "Drafter", "Q", "State", "Table", "all_drafters", "make_drafters"]

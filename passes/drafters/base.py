@@ -130,7 +130,8 @@ class Drafter:
         raise NotImplementedError
 
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
-        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab] and hidden f32[size, width]: of the nodes."""
+        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab]: of the tree's nodes; hidden f32[1, width]: of
+        the last node that was followed, zeros when no drafter `needs` it."""
 
     def given(self, context: DraftContext, name: str) -> ModelInfo:
         """A model that is needed; PassError when it is not there."""
@@ -177,10 +178,3 @@ def best_layer(paths: Value, likely: Value, width: int, least: float = 0.0) -> L
 def flat(x: Value) -> Value:
     """All elements as one row."""
     return x.reshape(size.product(x.shape))
-
-
-def last_followed(text: Sequences, size: int) -> Value:
-    """The number of the last node that was followed, i32()."""
-    path = text.path(size)
-    count = (path >= 0).int().sum()
-    return path[p.maximum(count - 1, 0)]

@@ -11,7 +11,7 @@ from stemma.ir import trace as p
 from stemma.ir.trace import Sequences, Tree, Value
 from stemma.ir.trace_scope import Cell
 from stemma.passes.base import Needs
-from stemma.passes.drafters.base import DraftContext, Drafter, State, best_layer, last_followed
+from stemma.passes.drafters.base import DraftContext, Drafter, State, best_layer
 
 HIDDEN = "draft_hidden"
 
@@ -42,7 +42,7 @@ class Medusa(Drafter):
         return {HIDDEN: p.full((1, context.width), 0.0)}
 
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
-        state[HIDDEN].value = hidden[last_followed(text, context.size)][None]
+        state[HIDDEN].value = hidden
 
     def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
         logits = p.call("medusa", state[HIDDEN].value, type=("f32", (1, self.heads, context.vocab)))[0]

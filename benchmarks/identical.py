@@ -1,7 +1,7 @@
 """The proof: speculated programs emit the same bytes as plain ones. `python -m benchmarks.identical [--answers 1000] > table.md`.
 
-For each drafter, answers of 128 tokens of the bundled target to prompts from held-out files, greedy and sampled at 0.7 and 1.0, half
-of them one by one and half in batches of 8; and answers under a constraint (a regular expression), plain and speculated.
+For each drafter, answers of 128 tokens of the bundled target to prompts from held-out files, greedy and sampled at 0.7 and 1.0, one
+half one by one and the other in batches of 8; and answers under a constraint (a regular expression), plain and speculated.
 """
 
 from __future__ import annotations

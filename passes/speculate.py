@@ -347,7 +347,8 @@ class _Loop:
         return self.program.options.verify == "recursive" and len(drafters) == 1 and drafters[0].samples
 
     def _follow(self, text: Sequences, cells: Mapping[str, Cell]) -> list[Node]:
-        """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results, settled or not."""
+        """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results: whether to go on, the
+        hidden state of the last node, the values carried."""
         match = self.match
         body = match.body
         names = {q.attrs["name"] for q in body.params}

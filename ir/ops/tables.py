@@ -202,32 +202,35 @@ def likeliest(row: Any, k: int) -> tuple[tuple[int, float], ...]:
 
 
 class NgramsLearn(ProgramOp):
-    """`ngrams_learn(ngrams, sequences of 1, logits f32[n, vocab]) -> ngrams`: averages in what the model computed.
+    """`ngrams_learn(ngrams, sequences of 1, [logits f32[n, vocab]]) -> ngrams`: averages in what the model computed.
 
     While a tree is followed, row i of logits is node i's, and the followed nodes are learned, each after its own text; without a
-    tree row 0 is that of the whole text. The average of c distributions takes in another with the weight 1 / (c + 1), tokens that
-    one of them lacks count 0, and the k likeliest stay.
+    tree row 0 is that of the whole text. Without logits, those of the followed nodes as they ran. The average of c distributions
+    takes in another with the weight 1 / (c + 1), tokens that one of them lacks count 0, and the k likeliest stay.
     """
 
     name = "ngrams_learn"
 
-    def infer(self, ngrams: State, sequences: State, logits: Tensor) -> Type:
+    def infer(self, ngrams: State, sequences: State, logits: Tensor | None = None) -> Type:
         state_args(ngrams, "ngrams")
         _, _, vocab, _ = sequences_type(sequences, 1)
+        if logits is None:
+            return ngrams
         if not isinstance(logits, Tensor) or logits.dtype != "f32" or logits.rank != 2 or logits.shape[1] != vocab:
             raise TypeMismatch(f"the logits are f32[n, {vocab}], not {logits!r}")
         return ngrams
 
-    def evaluate(self, ctx: Any, ngrams: Any, sequences: Any, logits: Any) -> Any:
+    def evaluate(self, ctx: Any, ngrams: Any, sequences: Any, logits: Any = None) -> Any:
         entries = dict(ngrams.entries)
         base = len(sequences.base)
         rows = [(node, base + i + 1) for i, node in enumerate(sequences.visited)]
         if sequences.tree is None:
-            rows = [(0, base)]
+            rows = [(0, base)] if logits is not None else []
         for row, end in rows:
-            if row >= len(logits):
+            if logits is not None and row >= len(logits):
                 continue
-            new = dict(likeliest(logits[row], ngrams.k))
+            seen = sequences.model(sequences.histories[0][:end])[0] if logits is None else logits[row]
+            new = dict(likeliest(seen, ngrams.k))
             for length in range(min(2, ngrams.order), min(ngrams.order, end) + 1):
                 context = sequences.histories[0][end - length : end]
                 if any(isinstance(t, tuple) for t in context):

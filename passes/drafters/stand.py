@@ -40,4 +40,4 @@ class Stand(Drafter):
         tree.node = build("ngrams_draft", *inputs, source=context.source)
 
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
-        state[NGRAMS].node = build("ngrams_learn", state[NGRAMS].node, text.node, logits.node)
+        state[NGRAMS].node = build("ngrams_learn", state[NGRAMS].node, text.node)

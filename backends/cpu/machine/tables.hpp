@@ -192,19 +192,20 @@ struct Ngrams : Object {
 };
 inline bool op_ngrams_learn(Call& call) {
   const Sequences& s = single(call.in[1]);
-  const Value& logits = call.in[2];
+  const bool given = call.count() > 2;
+  const Value none, &logits = given ? call.in[2] : none;
   Ngrams& table = own<Ngrams>(call.in[0]);
   const std::vector<int32_t>& text = s.each[0].tokens;
-  const int64_t base = (int64_t)(text.size() - s.visited.size()), vocab = logits.rank == 2 ? logits.shape[1] : 0;
+  const int64_t base = (int64_t)(text.size() - s.visited.size()), vocab = !given ? s.model->vocab : logits.rank == 2 ? logits.shape[1] : 0;
   if (vocab < 1 || table.k > vocab) fail("ngrams_learn: the table keeps %lld tokens; the logits have %lld.", (long long)table.k, (long long)vocab);
   std::vector<std::pair<int64_t, int64_t>> rows;
   for (size_t i = 0; i < s.visited.size(); ++i) rows.emplace_back(s.visited[i], base + (int64_t)i + 1);
-  if (!s.tree) rows.emplace_back(0, base);
+  if (!s.tree && given) rows.emplace_back(0, base);
   std::vector<float> p((size_t)vocab), values((size_t)table.k);
   std::vector<int32_t> best((size_t)table.k);
   for (const auto& [row, end] : rows) {
-    if (row >= logits.shape[0]) continue;
-    const float* x = logits.f32() + row * vocab;
+    if (given && row >= logits.shape[0]) continue;
+    const float* x = given ? logits.f32() + row * vocab : s.node_logits[(size_t)row].f32();
     stemma_rows(call.machine.native, ROWS_SOFTMAX, x, 1, vocab, p.data());
     stemma_top_k(call.machine.native, x, 1, vocab, table.k, values.data(), best.data());
     for (int64_t length = std::min<int64_t>(2, table.order); length <= std::min(table.order, end); ++length) {
@@ -286,7 +287,7 @@ inline bool op_empty_state(Call& call) {
 inline const OperationEntry TABLES_OPERATIONS[] = {
     {"empty_state", tables::op_empty_state, 0, 1, 2},   {"suffix_lookup", tables::op_suffix_lookup, 2, 1, 2},
     {"trie_learn", tables::op_trie_learn, 3, 1, 1},     {"trie_draft", tables::op_trie_draft, 3, 1, 2},
-    {"ngrams_learn", tables::op_ngrams_learn, 3, 1, 0}, {"ngrams_draft", tables::op_ngrams_draft, 6, 1, 1},
+    {"ngrams_learn", tables::op_ngrams_learn, -1, 1, 0}, {"ngrams_draft", tables::op_ngrams_draft, 6, 1, 1},
 };
 inline const StateEntry TABLES_STATES[] = {
     {"trie", [](const std::vector<int64_t>& a) -> Object* { return new tables::Trie(tables::argument(a, 0)); }},

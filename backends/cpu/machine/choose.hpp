@@ -7,8 +7,10 @@ struct StemmaSampling {  // as in sampling.hpp.j2
   int32_t top_k;
   uint64_t seed, sequence, position;
 };
-extern "C" int32_t stemma_sample(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length);
-extern "C" int32_t stemma_probabilities(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t length, float* out);
+extern "C" int32_t stemma_sample(void* model, const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history,
+    int64_t length);
+extern "C" int32_t stemma_probabilities(void* model, const float* logits, int64_t vocab, const StemmaSampling* p,
+    const int32_t* history, int64_t length, float* out);
 extern "C" void stemma_noise(void* model, const StemmaSampling* p, float* out, int64_t count);
 extern "C" void stemma_top_k(void* model, const float* x, int64_t rows, int64_t n, int64_t k, float* values, int32_t* indices);
 
@@ -34,21 +36,26 @@ inline StemmaSampling settings(const Call& call, int from) {
   p.presence_penalty = scalar_f32(call.in[from + 5]);
   p.seed = (uint64_t)scalar_i64(call.in[from + 6]);
   p.sequence = (uint64_t)scalar_i64(call.in[from + 7]);
-  if (!(p.temperature >= 0) || !isfinite(p.temperature)) fail("select: the temperature is %g; it must be at least 0.", (double)p.temperature);
-  if (isnan(p.top_p) || isnan(p.min_p) || isnan(p.repetition_penalty) || isnan(p.presence_penalty)) fail("select: a setting is no number.");
+  if (!(p.temperature >= 0) || !isfinite(p.temperature))
+    fail("select: the temperature is %g; it must be at least 0.", (double)p.temperature);
+  if (isnan(p.top_p) || isnan(p.min_p) || isnan(p.repetition_penalty) || isnan(p.presence_penalty))
+    fail("select: a setting is no number.");
   return p;
 }
-inline int32_t choose(Machine& machine, const float* logits, int64_t vocab, StemmaSampling& p, const std::vector<int32_t>& history) {
+inline int32_t choose(Machine& machine, const float* logits, int64_t vocab, StemmaSampling& p,
+    const std::vector<int32_t>& history) {
   p.position = history.size();
   const int32_t token = stemma_sample(machine.native, logits, vocab, &p, history.data(), (int64_t)history.size());
-  if (token < 0) fail("No token can be chosen at position %zu: no logit is a finite number, or a constraint admits no token.", history.size());
+  if (token < 0)
+    fail("No token can be chosen at position %zu: no logit is a finite number, or a constraint admits no token.", history.size());
   return token;
 }
 
 inline bool op_select(Call& call) {
   const Value& logits = call.in[0];
   const Sequences& s = state_of<Sequences>(call.in[1]);
-  if (logits.rank != 2 || logits.shape[0] != (int64_t)s.each.size()) fail("the program is damaged: select needs logits for each sequence");
+  if (logits.rank != 2 || logits.shape[0] != (int64_t)s.each.size())
+    fail("the program is damaged: select needs logits for each sequence");
   StemmaSampling p = settings(call, 2);
   const uint64_t first = p.sequence;
   Value v = tensor(I32, {logits.shape[0]});
@@ -102,7 +109,9 @@ inline uint32_t philox(const StemmaSampling& p, uint32_t first, int word) {
   }
   return c[word];
 }
-inline double uniform(const StemmaSampling& p, uint32_t number) { return ((double)philox(p, 0xFFFFFFFFu - number, 0) + 0.5) / 4294967296.0; }
+inline double uniform(const StemmaSampling& p, uint32_t number) {
+  return ((double)philox(p, 0xFFFFFFFFu - number, 0) + 0.5) / 4294967296.0;
+}
 inline double noise_of(const StemmaSampling& p, int32_t token) {  // Gumbel noise of one token
   return -real_log(-real_log(((double)philox(p, (uint32_t)token / 4, token % 4) + 0.5) / 4294967296.0));
 }
@@ -111,7 +120,8 @@ inline std::vector<int32_t> drafted(const Sequences& s, int64_t vocab) {
   std::vector<int32_t> found;
   if (!s.tree || s.visited.empty()) return found;
   for (int64_t i = s.visited.back() + 1; i < s.ran; ++i)
-    if (s.tree->parents[(size_t)i] == s.visited.back() && s.tree->tokens[(size_t)i] < vocab) found.push_back(s.tree->tokens[(size_t)i]);
+    if (s.tree->parents[(size_t)i] == s.visited.back() && s.tree->tokens[(size_t)i] < vocab)
+      found.push_back(s.tree->tokens[(size_t)i]);
   return found;
 }
 struct Verified {  // the inputs of a verifier: one row of logits, and at a temperature its probabilities
@@ -121,13 +131,15 @@ struct Verified {  // the inputs of a verifier: one row of logits, and at a temp
   StemmaSampling p;
   std::vector<float> probability;
   explicit Verified(Call& call) : s(state_of<Sequences>(call.in[1])), logits(call.in[0].f32()), p(settings(call, 2)) {
-    if (call.in[0].rank != 2 || call.in[0].shape[0] != 1 || s.each.size() != 1) fail("the program is damaged: a verifier needs logits of one sequence");
+    if (call.in[0].rank != 2 || call.in[0].shape[0] != 1 || s.each.size() != 1)
+      fail("the program is damaged: a verifier needs logits of one sequence");
     vocab = call.in[0].shape[1];
     const std::vector<int32_t>& history = s.each[0].tokens;
     p.position = history.size();
     if (!(p.temperature > 0)) return;
     probability.resize((size_t)vocab);
-    if (stemma_probabilities(call.machine.native, logits, vocab, &p, history.data(), (int64_t)history.size(), probability.data())) probability.clear();
+    if (stemma_probabilities(call.machine.native, logits, vocab, &p, history.data(), (int64_t)history.size(), probability.data()))
+      probability.clear();
   }
 };
 inline void chosen(Call& call, int32_t token) {
@@ -187,7 +199,8 @@ inline bool op_select_typical(Call& call) {
     for (size_t i = 0; i < logs.size(); ++i) entropy -= (double)v.probability[i] * (double)logs[i];
     const double bound = std::min((double)scalar_f32(call.in[10]), (double)scalar_f32(call.in[11]) * real_exp(-entropy));
     for (int32_t token : drafted(v.s, v.vocab))
-      if ((double)v.probability[(size_t)token] > bound && (best < 0 || v.probability[(size_t)token] > v.probability[(size_t)best])) best = token;
+      if ((double)v.probability[(size_t)token] > bound && (best < 0 || v.probability[(size_t)token] > v.probability[(size_t)best]))
+        best = token;
   }
   return chosen(call, best >= 0 ? best : choose(call.machine, v.logits, v.vocab, v.p, v.s.each[0].tokens)), true;
 }

@@ -8,12 +8,16 @@ namespace constraint {
 struct Automaton {
   const int32_t *indptr, *tokens, *targets = nullptr;
   int64_t states, edges;
-  Automaton(const Value& rows, const Value& of_tokens) : indptr(rows.i32()), tokens(of_tokens.i32()), states(rows.elements() - 1), edges(of_tokens.elements()) {}
+  Automaton(const Value& rows, const Value& of_tokens) : indptr(rows.i32()), tokens(of_tokens.i32()), states(rows.elements() - 1),
+      edges(of_tokens.elements()) {}
   std::pair<int64_t, int64_t> row(int32_t state) const {
     if (state < 0) return {0, 0};
-    if (state >= states) fail("The constraint has %lld states, and was asked for state %d.", (long long)std::max<int64_t>(states, 0), state);
+    if (state >= states)
+      fail("The constraint has %lld states, and was asked for state %d.", (long long)std::max<int64_t>(states, 0), state);
     const int64_t first = indptr[state], last = indptr[state + 1];
-    if (first < 0 || last < first || last > edges) fail("The constraint is damaged: state %d has the edges %lld to %lld of %lld.", state, (long long)first, (long long)last, (long long)edges);
+    if (first < 0 || last < first || last > edges)
+      fail("The constraint is damaged: state %d has the edges %lld to %lld of %lld.", state, (long long)first, (long long)last,
+          (long long)edges);
     return {first, last};
   }
   void check(int64_t first, int64_t last, int64_t vocab) const {  // that every token is in the vocabulary
@@ -25,7 +29,8 @@ struct Automaton {
     for (; e < last; ++e) signs[0] |= (uint32_t)tokens[e] | (top - (uint32_t)tokens[e]);
     for (uint32_t each : signs) signs[0] |= each;
     for (e = first; signs[0] >> 31 && e < last; ++e)
-      if (tokens[e] < 0 || tokens[e] >= vocab) fail("The constraint names the token %d; the vocabulary has %lld.", tokens[e], (long long)vocab);
+      if (tokens[e] < 0 || tokens[e] >= vocab)
+        fail("The constraint names the token %d; the vocabulary has %lld.", tokens[e], (long long)vocab);
   }
 };
 [[noreturn]] inline void nothing(int64_t row, int32_t state, const Value* positions) {
@@ -37,9 +42,11 @@ struct Automaton {
 inline const Value* check_rows(Call& call, int at) {
   if (call.count() < at) fail("the program is damaged: an input is missing");
   const Value& logits = call.in[0];
-  if (logits.rank != 2 || call.in[1].elements() != logits.shape[0]) fail("the program is damaged: a constraint needs a state for each row of logits");
+  if (logits.rank != 2 || call.in[1].elements() != logits.shape[0])
+    fail("the program is damaged: a constraint needs a state for each row of logits");
   const Value* positions = call.count() > at && !call.in[at].empty() ? call.in + at : nullptr;
-  if (positions && positions->elements() != logits.shape[0]) fail("the program is damaged: a constraint needs a position for each row of logits");
+  if (positions && positions->elements() != logits.shape[0])
+    fail("the program is damaged: a constraint needs a position for each row of logits");
   return positions;
 }
 
@@ -64,7 +71,8 @@ inline bool op_allow(Call& call) {
 }
 inline bool op_advance(Call& call) {
   const Automaton a(call.in[2], call.in[3]);
-  if (call.in[4].elements() != a.edges || call.in[1].elements() != call.in[0].elements()) fail("the program is damaged: sizes of a constraint differ");
+  if (call.in[4].elements() != a.edges || call.in[1].elements() != call.in[0].elements())
+    fail("the program is damaged: sizes of a constraint differ");
   const int32_t *chosen = call.in[1].i32(), *targets = call.in[4].i32();
   Value v = std::move(own_tensor(call.in[0]));
   int32_t* states = v.i32();
@@ -91,7 +99,9 @@ inline bool op_candidates(Call& call) {
   for (int64_t i = 0; i < n; ++i) {
     const int32_t state = call.in[1].i32()[i];
     const auto [first, last] = a.row(state);
-    if (last - first > width) fail("The constraint admits %lld tokens in state %d; `candidates` has width=%lld.", (long long)(last - first), state, (long long)width);
+    if (last - first > width)
+      fail("The constraint admits %lld tokens in state %d; `candidates` has width=%lld.", (long long)(last - first), state,
+          (long long)width);
     float* value = values.f32() + i * width;
     int32_t *token = tokens.i32() + i * width, *after = states.i32() + i * width;
     const float* row = logits.f32() + i * vocab;

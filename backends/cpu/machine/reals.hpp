@@ -1,5 +1,6 @@
 // Transcendental functions in f64 from additions, multiplications and divisions alone: the same bits on every processor, unlike the
-// C library's, which chooses by instruction set. Errors are below 1e-14 (relative; of sines absolute), so that results rounded to f32
+// C library's, which chooses by instruction set. Errors are below 1e-14 (relative; of sines absolute), so that results rounded to
+// f32
 // are nearly always the closest.
 #pragma once
 #include "core.hpp"

@@ -172,10 +172,12 @@ inline bool op_take(Call& call) {
   shape.insert(shape.end(), indices.shape, indices.shape + indices.rank);
   shape.insert(shape.end(), x.shape + axis + 1, x.shape + x.rank);
   Value v = shaped(x.dtype, shape);
-  const int64_t n = indices.elements(), outer = extent(x, 0, axis), inner = extent(x, axis + 1, x.rank) * item_bytes(x.dtype), size = x.shape[axis];
+  const int64_t n = indices.elements(), outer = extent(x, 0, axis), inner = extent(x, axis + 1, x.rank) * item_bytes(x.dtype),
+      size = x.shape[axis];
   for (int64_t i = 0; i < n; ++i) {
     const int64_t index = at[i];
-    for (int64_t o = 0; o < outer; ++o) copy_items(v.data<char>() + (o * n + i) * inner, x.data<char>() + (o * size + index) * inner, inner, 1);
+    for (int64_t o = 0; o < outer; ++o)
+      copy_items(v.data<char>() + (o * n + i) * inner, x.data<char>() + (o * size + index) * inner, inner, 1);
   }
   call.out[0] = std::move(v);
   return true;
@@ -210,12 +212,15 @@ inline bool op_scatter(Call& call) {
   Value v = std::move(own_tensor(call.in[0]));
   const int32_t axis = (int32_t)axis_attribute(call, 0, v.rank);
   const Indices at(indices, v.shape[axis], "scatter");
-  const int64_t n = indices.elements(), outer = extent(v, 0, axis), inner = extent(v, axis + 1, v.rank) * item_bytes(v.dtype), size = v.shape[axis];
-  if (updates.dtype != v.dtype || updates.rank != v.rank || updates.elements() * item_bytes(v.dtype) != outer * n * inner) fail("scatter: the updates do not fit");
+  const int64_t n = indices.elements(), outer = extent(v, 0, axis), inner = extent(v, axis + 1, v.rank) * item_bytes(v.dtype),
+      size = v.shape[axis];
+  if (updates.dtype != v.dtype || updates.rank != v.rank || updates.elements() * item_bytes(v.dtype) != outer * n * inner)
+    fail("scatter: the updates do not fit");
   const char* from = updates.data<char>();
   for (int64_t i = 0; i < n; ++i) {
     const int64_t index = at[i];
-    for (int64_t o = 0; o < outer; ++o) copy_items(v.data<char>() + (o * size + index) * inner, from + (o * n + i) * inner, inner, 1);
+    for (int64_t o = 0; o < outer; ++o)
+      copy_items(v.data<char>() + (o * size + index) * inner, from + (o * n + i) * inner, inner, 1);
   }
   call.out[0] = std::move(v);
   return true;
@@ -223,7 +228,8 @@ inline bool op_scatter(Call& call) {
 
 // ---- reductions ----
 // The input with the reduced axes last, as [rows, n]; the result's shape. Attributes: axes, keepdims.
-inline Value reduced_last(Call& call, const std::vector<int64_t>& axes, bool keep, std::vector<int64_t>& shape, int64_t& rows, int64_t& n) {
+inline Value reduced_last(Call& call, const std::vector<int64_t>& axes, bool keep, std::vector<int64_t>& shape, int64_t& rows,
+    int64_t& n) {
   Value& x = call.in[0];
   bool reduced[MAX_RANK] = {};
   for (int64_t a : axes) {
@@ -282,7 +288,8 @@ template <class T, class F> T best_of(const T* x, int64_t n, F better) {
     T lanes[16];
     memcpy(lanes, x, sizeof lanes);
     for (i = 16; i + 16 <= n; i += 16)
-      for (int j = 0; j < 16; ++j) lanes[j] = lanes[j] != lanes[j] || !(better(x[i + j], lanes[j]) || x[i + j] != x[i + j]) ? lanes[j] : x[i + j];
+      for (int j = 0; j < 16; ++j)
+        lanes[j] = lanes[j] != lanes[j] || !(better(x[i + j], lanes[j]) || x[i + j] != x[i + j]) ? lanes[j] : x[i + j];
     found = lanes[0];
     for (int j = 1; j < 16; ++j) found = found != found ? found : pick(found, lanes[j]);
   }
@@ -290,8 +297,12 @@ template <class T, class F> T best_of(const T* x, int64_t n, F better) {
   return found;
 }
 inline bool op_reduce_sum(Call& c) { return reduce(c, [](const auto* x, int64_t n) { return sum_row(x, n); }); }
-inline bool op_reduce_max(Call& c) { return reduce(c, [](const auto* x, int64_t n) { return best_of(x, n, [](auto a, auto b) { return a > b; }); }); }
-inline bool op_reduce_min(Call& c) { return reduce(c, [](const auto* x, int64_t n) { return best_of(x, n, [](auto a, auto b) { return a < b; }); }); }
+inline bool op_reduce_max(Call& c) {
+  return reduce(c, [](const auto* x, int64_t n) { return best_of(x, n, [](auto a, auto b) { return a > b; }); });
+}
+inline bool op_reduce_min(Call& c) {
+  return reduce(c, [](const auto* x, int64_t n) { return best_of(x, n, [](auto a, auto b) { return a < b; }); });
+}
 inline bool op_argmax(Call& call) {
   std::vector<int64_t> shape;
   int64_t rows, n;

@@ -22,7 +22,8 @@ inline bool op_suffix_lookup(Call& call) {
   int64_t best = 0, after = 0;
   for (int64_t end = n - 1; end > 0 && best < longest; --end) {
     int64_t k = 0;
-    while (k < std::min(longest, end) && text[(size_t)(end - 1 - k)] == text[(size_t)(n - 1 - k)] && text[(size_t)(n - 1 - k)] >= 0) ++k;
+    while (k < std::min(longest, end) && text[(size_t)(end - 1 - k)] == text[(size_t)(n - 1 - k)] && text[(size_t)(n - 1 - k)] >= 0)
+      ++k;
     if (k > best) best = k, after = end;
   }
   Value v = shaped(I32, {length});
@@ -94,7 +95,8 @@ struct Trie : Object {
     std::vector<int32_t> place(old.size(), NONE);
     place[0] = 0;
     for (size_t i = 1; i < old.size(); ++i)  // parents come before children; a node may be lost with its parent
-      if (old[i].count > 1 && place[(size_t)old[i].parent] != NONE) place[i] = grow(place[(size_t)old[i].parent], old[i].token, old[i].count / 2);
+      if (old[i].count > 1 && place[(size_t)old[i].parent] != NONE)
+        place[i] = grow(place[(size_t)old[i].parent], old[i].token, old[i].count / 2);
   }
 };
 inline bool op_trie_learn(Call& call) {
@@ -196,8 +198,10 @@ inline bool op_ngrams_learn(Call& call) {
   const Value none, &logits = given ? call.in[2] : none;
   Ngrams& table = own<Ngrams>(call.in[0]);
   const std::vector<int32_t>& text = s.each[0].tokens;
-  const int64_t base = (int64_t)(text.size() - s.visited.size()), vocab = !given ? s.model->vocab : logits.rank == 2 ? logits.shape[1] : 0;
-  if (vocab < 1 || table.k > vocab) fail("ngrams_learn: the table keeps %lld tokens; the logits have %lld.", (long long)table.k, (long long)vocab);
+  const int64_t base = (int64_t)(text.size() - s.visited.size()), 
+      vocab = !given ? s.model->vocab : logits.rank == 2 ? logits.shape[1] : 0;
+  if (vocab < 1 || table.k > vocab)
+    fail("ngrams_learn: the table keeps %lld tokens; the logits have %lld.", (long long)table.k, (long long)vocab);
   std::vector<std::pair<int64_t, int64_t>> rows;
   for (size_t i = 0; i < s.visited.size(); ++i) rows.emplace_back(s.visited[i], base + (int64_t)i + 1);
   if (!s.tree && given) rows.emplace_back(0, base);
@@ -220,7 +224,8 @@ inline bool op_ngrams_learn(Call& call) {
         else entry.tokens.emplace_back(token, (double)p[(size_t)token]);
       }
       for (auto& [token, each] : entry.tokens) each /= count + 1;
-      std::sort(entry.tokens.begin(), entry.tokens.end(), [](const auto& a, const auto& b) { return a.second != b.second ? a.second > b.second : a.first < b.first; });
+      std::sort(entry.tokens.begin(), entry.tokens.end(),
+          [](const auto& a, const auto& b) { return a.second != b.second ? a.second > b.second : a.first < b.first; });
       if ((int64_t)entry.tokens.size() > table.k) entry.tokens.resize((size_t)table.k);
       ++entry.count;
     }
@@ -274,7 +279,8 @@ inline bool op_ngrams_draft(Call& call) {
 }
 
 inline int64_t argument(const std::vector<int64_t>& arguments, size_t i) {
-  if (i >= arguments.size() || arguments[i] < 1 || arguments[i] > 1 << 28) fail("the program is damaged: a state has wrong arguments");
+  if (i >= arguments.size() || arguments[i] < 1 || arguments[i] > 1 << 28)
+    fail("the program is damaged: a state has wrong arguments");
   return arguments[i];
 }
 inline bool op_empty_state(Call& call) {
@@ -291,7 +297,8 @@ inline const OperationEntry TABLES_OPERATIONS[] = {
 };
 inline const StateEntry TABLES_STATES[] = {
     {"trie", [](const std::vector<int64_t>& a) -> Object* { return new tables::Trie(tables::argument(a, 0)); }},
-    {"ngrams", [](const std::vector<int64_t>& a) -> Object* { return new tables::Ngrams(tables::argument(a, 0), tables::argument(a, 1)); }},
+    {"ngrams",
+        [](const std::vector<int64_t>& a) -> Object* { return new tables::Ngrams(tables::argument(a, 0), tables::argument(a, 1)); }},
 };
 
 }  // namespace stemma

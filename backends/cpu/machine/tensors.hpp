@@ -1,6 +1,6 @@
-// Array operations on values. Their meaning is that of ir/ops/{elementwise,shape,reduce,linear,core}.py: numpy's broadcasting, integers
-// that wrap, negative indices from the end. An index out of range is an Error. f32 stays f32 but for transcendental functions and
-// long sums, which pass through f64; nothing depends on the instruction set.
+// Array operations on values. Their meaning is that of ir/ops/{elementwise,shape,reduce,linear,core}.py: numpy's broadcasting,
+// integers that wrap, negative indices from the end. An index out of range is an Error. f32 stays f32 but for transcendental
+// functions and long sums, which pass through f64; nothing depends on the instruction set.
 #pragma once
 #include "machine.hpp"
 #include "reals.hpp"
@@ -45,7 +45,8 @@ inline Value shaped(DType dtype, int32_t rank, const int64_t* shape) {
   int64_t elements = 1;
   for (int i = 0; i < rank; ++i) {
     v.shape[i] = shape[i];
-    if (shape[i] < 0 || (shape[i] && elements > ((int64_t)1 << 38) / shape[i])) fail("an array with a size of %lld is too large", (long long)shape[i]);
+    if (shape[i] < 0 || (shape[i] && elements > ((int64_t)1 << 38) / shape[i]))
+      fail("an array with a size of %lld is too large", (long long)shape[i]);
     elements *= shape[i];
   }
   v.storage = Ref<Storage>(new Storage(v.bytes()));
@@ -127,7 +128,8 @@ template <class Row> void each_row(const Broadcast& b, const int64_t (&sa)[MAX_R
 }
 // The first input when its memory may be written over, as nobody else sees it; else new memory.
 inline Value result_in(Value& a, DType dtype, const Broadcast& b) {
-  if (a.storage && a.storage->references == 1 && a.storage->owned && item_bytes(a.dtype) == item_bytes(dtype) && a.elements() == b.elements) {
+  if (a.storage && a.storage->references == 1 && a.storage->owned && item_bytes(a.dtype) == item_bytes(dtype)
+      && a.elements() == b.elements) {
     Value v = std::move(a);
     v.dtype = dtype;
     v.rank = b.rank;

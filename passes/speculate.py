@@ -49,7 +49,7 @@ class Speculate(Pass):
     """
 
     draft: str = "recycling"
-    budget: int = 64
+    budget: int = 16
     verify: Literal["identical", "recursive", "typical"] = "identical"
     shape: Literal["measured", "fixed"] = "measured"
     memory: float | None = None

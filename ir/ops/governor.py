@@ -87,7 +87,8 @@ def governor_size(type: Type) -> int:
 class Plan(ProgramOp):
     """`plan(governor, size=) -> i32()`: how many nodes to draft at most, root included; 1 while speculation does not pay.
 
-    Then it is tried again for a few turns after 32 turns, and, while that does not help, half as often each time.
+    The machine compares limits by what turns under them brought and cost, and tries others for a few turns now and then: less
+    often while drafting nothing is best.
     """
 
     name = "plan"

@@ -253,7 +253,6 @@ struct Tree : Object {
   // rank: place among the siblings of one source; depth of the root: 0
   std::vector<int32_t> tokens, parents, sources, ranks, depths;
   std::vector<float> scores;
-  std::vector<std::pair<double, double>> prospects;  // what `prune` expected of smaller limits: tokens, seconds of the call
   Object* clone() const override { return new Tree(*this); }
   int64_t count() const { return (int64_t)tokens.size(); }
   int32_t child(int32_t parent, int32_t token) const {

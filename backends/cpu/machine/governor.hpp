@@ -15,7 +15,7 @@ constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16;
 constexpr int64_t LIMITS[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256};
 constexpr size_t ARMS = sizeof LIMITS / sizeof *LIMITS;
 constexpr int64_t FIRST[] = {3, 1, 6, 3, 1, 2, 6, 1, 4, 3};  // what the first turns try
-constexpr int64_t EXPLORE = 16, PAUSE = 8, LONGEST_PAUSE = 256, MEMORY = 24, ROWS = 512;
+constexpr int64_t EXPLORE = 16, BURST = 3, PAUSE = 12, LONGEST_PAUSE = 96, MEMORY = 16, ROWS = 512;
 
 inline int bucket(int32_t rank, float score) {
   if (score >= 1) return std::min(rank, RANKS - 1);
@@ -31,16 +31,18 @@ inline void mix(double& average, double value, double weight) { average += (valu
 struct Governor : Object {
   int64_t size, sources, turns = 0;
   std::vector<double> accepted;
-  std::vector<int64_t> tried;
+  std::vector<int64_t> trials;
   struct Arm { double tokens = 0, seconds = 0; int64_t turns = 0; };  // exponential averages per turn
   Arm arms[ARMS];
-  int64_t timed = 0, next = 0, pause = PAUSE;  // turns with a measured time; the one that tries another arm; turns to the one after
-  int64_t tried_last = 0;                      // counts those
+  int64_t timed = 0, next = 0, pause = PAUSE;  // turns with a measured time; the first of BURST that try another arm; turns after them
+  int64_t tried = 0;                           // counts those
   double others = 1, outside = 0;              // averages; outside: seconds of a turn that are not the model's
   // Seconds by rows (measured: 0 when never).
-  std::vector<double> measured = std::vector<double>(ROWS + 1), curve;
+  std::vector<double> measured = std::vector<double>(ROWS + 1);
+  mutable std::vector<double> curve;  // drawn anew when it is asked for
+  mutable bool redraw = false;
   std::vector<int32_t> measurements = std::vector<int32_t>(ROWS + 1);
-  Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * BUCKETS)), tried(accepted.size()) {
+  Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * BUCKETS)), trials(accepted.size()) {
     for (size_t i = 0; i < accepted.size(); ++i) accepted[i] = prior((int)(i % BUCKETS));
   }
   Object* clone() const override { return new Governor(*this); }
@@ -57,6 +59,7 @@ struct Governor : Object {
   }
   // Seconds of a call in which this tree has that many rows.
   double cost(int64_t rows) const {
+    if (redraw) draw();
     if (curve.empty()) return 1 + (double)rows / 16;
     const double at = std::max((double)rows * others, 1.0);
     const int64_t low = (int64_t)at;
@@ -69,6 +72,10 @@ struct Governor : Object {
     int32_t& n = measurements[(size_t)rows];
     if (n < 16) ++n;
     mix(average, took, 1.0 / n);
+    redraw = true;
+  }
+  void draw() const {
+    redraw = false;
     // Never falling: the middle between the largest before and the smallest after; straight between what was measured.
     curve.assign(ROWS + 1, 0.0);
     double most = 0, least = HUGE_VAL;
@@ -110,11 +117,11 @@ struct Governor : Object {
     if (timed < (int64_t)(sizeof FIRST / sizeof *FIRST)) return last_arm(std::min(FIRST[timed], LIMITS[last]));
     const size_t now = best(last);
     if (timed < next) return now;
-    switch (tried_last % 4) {
+    switch (tried % 4) {
       case 0: return now < last ? now + 1 : now ? now - 1 : 0;
       case 1: return now > 0 ? now - 1 : std::min<size_t>(2, last);
       case 2: return 0;
-      default: return (size_t)(tried_last / 4) % (last + 1);
+      default: return (size_t)(tried / 4) % (last + 1);
     }
   }
 };
@@ -168,8 +175,8 @@ inline bool op_learn(Call& call) {
     for (int32_t child = node + 1; child < (int32_t)s.ran; ++child) {
       if (s.tree->parents[(size_t)child] != node) continue;
       const size_t at = g.place(*s.tree, (size_t)child);
-      mix(g.accepted[at], child == following ? 1.0 : 0.0, 1.0 / (double)(std::min<int64_t>(g.tried[at], 60) + 4));
-      ++g.tried[at];
+      mix(g.accepted[at], child == following ? 1.0 : 0.0, 1.0 / (double)(std::min<int64_t>(g.trials[at], 60) + 4));
+      ++g.trials[at];
     }
   }
   // A turn lasts from one `learn` of the instance to the next; one that took in a prompt says nothing of the others.
@@ -184,9 +191,9 @@ inline bool op_learn(Call& call) {
     const double weight = 1.0 / (double)std::min<int64_t>(++a.turns, MEMORY);
     mix(a.tokens, (double)s.visited.size(), weight), mix(a.seconds, seconds, weight);
     if (arm) mix(g.outside, now - since, g.outside > 0 ? 0.125 : 1.0);
-    if (g.timed >= g.next) {
+    if (g.timed >= g.next + BURST - 1) {
       g.pause = g.best(ARMS - 1) ? PAUSE : std::min(g.pause * 2, LONGEST_PAUSE);
-      g.next = g.timed + g.pause, ++g.tried_last;
+      g.next = g.timed + g.pause, ++g.tried;
     }
     ++g.timed;
   }

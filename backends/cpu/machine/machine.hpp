@@ -51,6 +51,7 @@ struct Instance {
   Value reply;
   int64_t turns = 0;           // of loops, without a model call, an emitted token or a host call in between
   double drafting_since = -1;  // value of `busy` at the last `plan`
+  double learned = -1;         // and at the last `learn`
   double busy = 0;             // seconds, calls of model 0 left out; without those since `resumed`
   int64_t resumed = 0;         // when it was last run
   Statistics statistics;

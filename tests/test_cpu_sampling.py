@@ -34,7 +34,8 @@ def libraries() -> dict[str, Library]:
 class Sampling(ctypes.Structure):
     _fields_ = [
         ("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("min_p", ctypes.c_float),
-        ("repetition_penalty", ctypes.c_float), ("presence_penalty", ctypes.c_float), ("top_k", ctypes.c_int32), ("seed", ctypes.c_uint64),
+        ("repetition_penalty", ctypes.c_float), ("presence_penalty", ctypes.c_float),
+        ("top_k", ctypes.c_int32), ("seed", ctypes.c_uint64),
         ("sequence", ctypes.c_uint64), ("position", ctypes.c_uint64),
     ]  # fmt: skip
 

@@ -10,8 +10,8 @@ def mirostat(
     model: p.Model, prompt: p.Tokens, *, max_new_tokens: int = 128, target: float = 3.0, rate: float = 0.1, seed: p.Long = 0,
     sequence: p.Long = 0, ignore_eos: bool = False,
 ) -> dict[str, p.Value]:  # fmt: skip
-    """Mirostat 2.0 (Basu et al. 2021): tokens more surprising than a bound (bits) are left out, and the bound moves by `rate` times the
-    distance of each token's surprise from the target. The result `surprise` is the mean over the text."""
+    """Mirostat 2.0 (Basu et al. 2021): tokens more surprising than a bound (bits) are left out, and the bound moves by `rate`
+    times the distance of each token's surprise from the target. The result `surprise` is the mean over the text."""
     text = model.start(prompt[:-1])
 
     def body(token: p.Value, bound: p.Value, total: p.Value) -> tuple[p.Value, ...]:

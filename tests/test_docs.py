@@ -62,3 +62,13 @@ def test_the_readme_shows_the_example_as_it_is() -> None:
     """The pass that the README walks through is the file in examples/, word for word."""
     source = (ROOT / "examples" / "passes" / "fast_gelu.py").read_text(encoding="utf-8")
     assert source[source.index("from __future__") :].strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("example", "start", "page"),
+    [("programs/mirostat.py", "@p.program", "programs.md"), ("drafters/last_follower.py", "@dataclass", "drafters.md")],
+)
+def test_pages_show_their_examples_as_they_are(example: str, start: str, page: str) -> None:
+    source = (ROOT / "examples" / example).read_text(encoding="utf-8")
+    assert source[source.index(start) :].strip() in (ROOT / "docs" / page).read_text(encoding="utf-8")

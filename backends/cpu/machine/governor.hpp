@@ -15,7 +15,8 @@ constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16;
 constexpr int64_t LIMITS[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256};
 constexpr size_t ARMS = sizeof LIMITS / sizeof *LIMITS;
 constexpr int64_t FIRST[] = {3, 1, 6, 3, 1, 2, 6, 1, 4, 3};  // what the first turns try
-constexpr int64_t EXPLORE = 16, BURST = 3, PAUSE = 12, LONGEST_PAUSE = 96, MEMORY = 16, ROWS = 512;
+constexpr int64_t EXPLORE = 16, BURST = 3, PAUSE = 12, LONGEST_PAUSE = 256, MEMORY = 16, SHORT = 5, ROWS = 512;
+constexpr double TRYING = 0.03;  // the share of time that trying other arms may cost
 
 inline int bucket(int32_t rank, float score) {
   if (score >= 1) return std::min(rank, RANKS - 1);
@@ -34,7 +35,8 @@ struct Governor : Object {
   std::vector<int64_t> trials;
   struct Arm { double tokens = 0, seconds = 0; int64_t turns = 0; };  // exponential averages per turn
   Arm arms[ARMS];
-  int64_t timed = 0, next = 0, pause = PAUSE;  // turns with a measured time; the first of BURST that try another arm; turns after them
+  int64_t timed = 0, next = sizeof FIRST / sizeof *FIRST;  // turns with a measured time; the first of BURST that try another arm
+  double wasted = 0;                                       // seconds that those cost more than the best arm
   int64_t tried = 0;                           // counts those
   double others = 1, outside = 0;              // averages; outside: seconds of a turn that are not the model's
   // Seconds by rows (measured: 0 when never).
@@ -183,17 +185,22 @@ inline bool op_learn(Call& call) {
   const double now = call.instance.busy_now(), since = call.instance.learned;
   call.instance.learned = now;
   if (s.tree && s.expand_batch > 0 && s.expand_rows == s.ran && since >= 0) {
-    const double share = (double)s.expand_rows / (double)s.expand_batch, seconds = s.expand_seconds * share + (now - since);
+    const double share = (double)s.expand_rows / (double)s.expand_batch;
+    double seconds = s.expand_seconds * share + (now - since);
     mix(g.others, std::max(1 / share, 1.0), g.timed ? 0.125 : 1.0);
     g.measure(s.expand_batch, s.expand_seconds);
     const size_t arm = g.last_arm(s.tree->limit > 1 ? std::max<int64_t>(s.tree->limit / g.sources, 1) : 1);
     Governor::Arm& a = g.arms[arm];
-    const double weight = 1.0 / (double)std::min<int64_t>(++a.turns, MEMORY);
+    if (a.turns >= 2) seconds = std::min(seconds, 3 * a.seconds);  // the machine did something else meanwhile
+    // What was tried long ago counts little: drafters learn, and the machine's speed changes.
+    const double weight = 1.0 / (double)std::min<int64_t>(++a.turns, arm == g.best(ARMS - 1) ? MEMORY : SHORT);
     mix(a.tokens, (double)s.visited.size(), weight), mix(a.seconds, seconds, weight);
     if (arm) mix(g.outside, now - since, g.outside > 0 ? 0.125 : 1.0);
+    const size_t best = g.best(ARMS - 1);
+    if (g.timed >= g.next) g.wasted += std::max(seconds - (double)s.visited.size() / g.rate(best), 0.0);
     if (g.timed >= g.next + BURST - 1) {
-      g.pause = g.best(ARMS - 1) ? PAUSE : std::min(g.pause * 2, LONGEST_PAUSE);
-      g.next = g.timed + g.pause, ++g.tried;
+      g.next = g.timed + std::clamp((int64_t)(g.wasted / (TRYING * g.arms[best].seconds)), PAUSE, LONGEST_PAUSE);
+      g.wasted = 0, ++g.tried;
     }
     ++g.timed;
   }

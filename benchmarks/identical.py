@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import stemma
-from benchmarks.speculation import HEADS, artifact, context, prompts
-from stemma.codegen.program import Listed, attach
-from stemma.ir import Module
-from stemma.ir.trace import ModelSpec, Program, TracedProgram, trace
-from stemma.passes.registry import make_pass
+from benchmarks.speculation import HEADS, artifact, programs, prompts
+from stemma.ir.trace import Program, TracedProgram
 from stemma.program import constrained, generate
 
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -29,21 +26,12 @@ DRAFTERS = (
 )  # fmt: skip
 
 
-def pair(model: stemma.Model, program: Program, options: str) -> tuple[TracedProgram, TracedProgram]:
-    """A program of the library, plain and speculated."""
-    around = context(model)
-    plain = trace(program, {name: ModelSpec(i.vocab, i.width, i.eos, i.context) for name, i in around.models.items()})
-    module = attach(Module([], {}), [Listed(plain.function, plain.defaults)])
-    fast = make_pass(f"speculate{{{options}}}").run(module, around)[program.name]
-    return plain, TracedProgram(fast, plain.defaults)
-
-
 class Trial:
     """Answers of one program: the plain ones are computed once."""
 
     def __init__(self, model: stemma.Model, program: Program, texts: list[list[int]], options: dict[str, Any]) -> None:
         self.model, self.program, self.texts, self.options = model, program, texts, options
-        plain, _ = pair(model, program, "draft=recycling")
+        plain, _ = programs(model, "draft=recycling", program)
         self.wanted = {t: self.run(plain, t, 0, len(texts), 8) for t in TEMPERATURES}
 
     def run(self, program: TracedProgram, temperature: float, start: int, stop: int, batch: int) -> list[list[int]]:
@@ -54,7 +42,7 @@ class Trial:
 
     def compare(self, options: str) -> tuple[int, int, float]:
         """(answers, answers that differ, tokens per call of the model) of the speculated program."""
-        _, fast = pair(self.model, self.program, options)
+        _, fast = programs(self.model, options, self.program)
         answers = differing = followed = trees = 0
         half = len(self.texts) // 2
         for temperature in TEMPERATURES:

@@ -22,7 +22,7 @@ import stemma
 from stemma.codegen.program import Listed, attach
 from stemma.compiler import compile
 from stemma.ir import Module
-from stemma.ir.trace import ModelSpec, TracedProgram, trace
+from stemma.ir.trace import ModelSpec, Program, TracedProgram, trace
 from stemma.passes.base import ModelInfo, PassContext
 from stemma.passes.registry import make_pass
 from stemma.passes.speculate import Speculate
@@ -98,14 +98,14 @@ def context(model: stemma.Model) -> PassContext:
     return PassContext(models=infos)
 
 
-def programs(model: stemma.Model, options: str) -> tuple[TracedProgram, TracedProgram]:
-    """The library's `generate`, plain and speculated."""
+def programs(model: stemma.Model, options: str, program: Program = generate) -> tuple[TracedProgram, TracedProgram]:
+    """A program of the library, plain and speculated."""
     around = context(model)
     specs = {name: ModelSpec(i.vocab, i.width, i.eos, i.context) for name, i in around.models.items()}
-    plain = trace(generate, specs)
+    plain = trace(program, specs)
     step = make_pass(f"speculate{{{options}}}")
     assert isinstance(step, Speculate)
-    fast = step.run(attach(Module([], {}), [Listed(plain.function, plain.defaults)]), around)["generate"]
+    fast = step.run(attach(Module([], {}), [Listed(plain.function, plain.defaults)]), around)[program.name]
     return plain, TracedProgram(fast, plain.defaults)
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.kernel_harness import NAMES, Library, build, same_bits, source
 from stemma.backends.cpu.render_templates import render
+from stemma.ir.ops.choose import gumbel_noise
 
 EXTRA = r"""
 extern "C" int32_t sample_token(const float* logits, int64_t vocab, const StemmaSampling* p, const int32_t* history, int64_t n,
@@ -44,21 +45,9 @@ def settings_of(**fields: Any) -> Sampling:
     return Sampling(**{"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "top_k": 0, **fields})
 
 
-def philox_gumbel(vocab: int, p: Sampling) -> Any:
-    """The noise of every token in float64, from Philox4x32-10 as published."""
-    blocks = -(-vocab // 4)
-    c = [
-        np.arange(blocks, dtype=np.uint64),
-        *(np.full(blocks, w, np.uint64) for w in (p.position & 0xFFFFFFFF, p.sequence & 0xFFFFFFFF, p.sequence >> 32)),
-    ]
-    key = [p.seed & 0xFFFFFFFF, p.seed >> 32]
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [b >> np.uint64(32) ^ c[1] ^ np.uint64(key[0]), b & low, a >> np.uint64(32) ^ c[3] ^ np.uint64(key[1]), a & low]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    u = (np.stack(c, 1).reshape(-1)[:vocab].astype(np.float64) + 0.5) / 2**32
-    return -np.log(-np.log(u))
+def noise(vocab: int, p: Sampling) -> Any:
+    """The noise of every token in float64, by its definition."""
+    return gumbel_noise(p.seed, p.sequence, p.position, vocab)
 
 
 def scores(logits: Any, p: Sampling, history: Any) -> Any:
@@ -84,7 +73,7 @@ def scores(logits: Any, p: Sampling, history: Any) -> Any:
         keep &= (each[::-1].cumsum()[::-1] - each)[inverse] / mass.sum() < p.top_p
     if p.min_p > 0:
         keep &= x >= x.max() + np.log(p.min_p)
-    return np.where(keep, x + philox_gumbel(x.size, p), -np.inf)
+    return np.where(keep, x + noise(x.size, p), -np.inf)
 
 
 def draw(library: Library, logits: Any, p: Sampling, history: Any) -> int:
@@ -101,7 +90,7 @@ def test_noise_is_exact_and_equal_on_every_isa(libraries: dict[str, Library]) ->
         out = np.zeros(64 * 500, np.float32)
         library.native.noise_of(ctypes.c_int64(500), ctypes.byref(p), ctypes.c_void_p(out.ctypes.data))
         seen.append(out)
-        assert np.abs(out - philox_gumbel(out.size, p)).max() < 4e-6  # at most 2^-18 at 16
+        assert np.abs(out - noise(out.size, p)).max() < 4e-6  # at most 2^-18 at 16
     assert all(same_bits(seen[0], other) for other in seen)
 
 

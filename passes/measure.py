@@ -65,7 +65,7 @@ def _compare_logits(documents: Sequence[Array], before: Sequence[Array], after: 
         for a, b, token in zip(reference, changed, [*document[1:], None], strict=True):
             difference += float(np.sum((b - a) ** 2, dtype=np.float64))
             energy += float(np.sum(a**2, dtype=np.float64))
-            p, q = _log_softmax(a), _log_softmax(b)
+            p, q = log_softmax(a), log_softmax(b)
             divergences.append(max(0.0, float(np.sum(np.exp(p) * (p - q)))))
             agreement.append(bool(np.argmax(a) == np.argmax(b)))
             if token is not None:
@@ -94,10 +94,11 @@ def _logits(forward: Function, documents: Sequence[Array], weights: WeightStore)
     return [found[i] for i in range(len(documents))]
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """Log-probabilities over the last axis, in float64."""
     x = logits.astype(np.float64)
-    x -= x.max()
-    shifted: Array = x - np.log(np.sum(np.exp(x)))
+    x -= x.max(axis=-1, keepdims=True)
+    shifted: Array = x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
     return shifted
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stemma.ir import Array
+from stemma.passes.measure import log_softmax
 from stemma.runtime import Model, load
 
 TEMPERATURES = (0.0, 0.7, 1.0)
@@ -64,6 +65,4 @@ def _loss(model: Model, name: str, prompts: list[list[int]]) -> dict[str, Any]:
 def _surprise(model: Model, prompt: list[int], answer: list[int]) -> float:
     """Mean negative log-probability (nats) of the answer's tokens."""
     logits = model.forward([[*prompt, *answer[:-1]]])[0, len(prompt) - 1 :].astype(np.float64)
-    chosen = logits[np.arange(len(answer)), answer]
-    top = logits.max(1)
-    return float(np.mean(top + np.log(np.exp(logits - top[:, None]).sum(1)) - chosen))
+    return float(-np.mean(log_softmax(logits)[np.arange(len(answer)), answer]))

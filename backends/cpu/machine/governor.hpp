@@ -15,6 +15,7 @@ constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16;
 constexpr int64_t LIMITS[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256};
 constexpr size_t ARMS = sizeof LIMITS / sizeof *LIMITS;
 constexpr int64_t FIRST[] = {3, 1, 6, 3, 1, 2, 6, 1, 4, 3};  // what the first turns try
+constexpr int64_t FIRSTS = sizeof FIRST / sizeof *FIRST;
 constexpr int64_t EXPLORE = 16, BURST = 3, PAUSE = 12, LONGEST_PAUSE = 256, MEMORY = 16, SHORT = 5, ROWS = 512;
 constexpr double TRYING = 0.03;  // the share of time that trying other arms may cost
 
@@ -35,9 +36,9 @@ struct Governor : Object {
   std::vector<int64_t> trials;
   struct Arm { double tokens = 0, seconds = 0; int64_t turns = 0; };  // exponential averages per turn
   Arm arms[ARMS];
-  int64_t timed = 0, next = sizeof FIRST / sizeof *FIRST;  // turns with a measured time; the first of BURST that try another arm
-  double wasted = 0;                                       // seconds that those cost more than the best arm
-  int64_t tried = 0;                           // counts those
+  int64_t timed = 0, next = FIRSTS;  // turns with a measured time; the first of BURST that try another arm
+  int64_t tried = 0;                 // how often BURST turns did
+  double wasted = 0;                 // seconds that those cost more than the best arm
   double others = 1, outside = 0;              // averages; outside: seconds of a turn that are not the model's
   // Seconds by rows (measured: 0 when never).
   std::vector<double> measured = std::vector<double>(ROWS + 1);
@@ -116,7 +117,7 @@ struct Governor : Object {
   }
   // The arm of the next turn: the best one, now and then a neighbour, another, or none at all.
   size_t choose(size_t last) const {
-    if (timed < (int64_t)(sizeof FIRST / sizeof *FIRST)) return last_arm(std::min(FIRST[timed], LIMITS[last]));
+    if (timed < FIRSTS) return last_arm(std::min(FIRST[timed], LIMITS[last]));
     const size_t now = best(last);
     if (timed < next) return now;
     switch (tried % 4) {
@@ -133,7 +134,7 @@ inline bool op_plan(Call& call) {
   const int64_t most = std::max<int64_t>(std::min(call.size(0), g.size), 1);
   const size_t last = g.last_arm(most), arm = g.choose(last);
   call.out[0] = tensor(I32, {});
-  *call.out[0].i32() = (int32_t)(!g.timed && g.turns == 0 ? most : arm == last && LIMITS[arm] * 2 > most ? most : LIMITS[arm]);
+  *call.out[0].i32() = (int32_t)(!g.turns ? most : arm == last && LIMITS[arm] * 2 > most ? most : LIMITS[arm]);
   return true;
 }
 inline bool op_prune(Call& call) {
@@ -153,7 +154,7 @@ inline bool op_prune(Call& call) {
     if (now > most) count = n, most = now;
   }
   if (!g.timed && g.turns % EXPLORE == EXPLORE - 1) count = std::min(best.size(), 2 * count + 2);
-  if (g.timed && g.timed < (int64_t)(sizeof FIRST / sizeof *FIRST)) count = best.size();  // costs are not known yet
+  if (g.timed && g.timed < FIRSTS) count = best.size();  // costs are not known yet
   best.resize(count);
   std::sort(best.begin(), best.end());
   Tree* kept = new Tree;

@@ -7,7 +7,7 @@ namespace stemma {
 inline Sequences::Sequences(const Sequences& o)
     : Object(o), model(o.model), each(o.each), tree(o.tree), ran(o.ran), node_slots(o.node_slots), node_logits(o.node_logits),
       node_hidden(o.node_hidden), visited(o.visited), expand_rows(o.expand_rows), expand_batch(o.expand_batch),
-      expand_seconds(o.expand_seconds), draft_seconds(o.draft_seconds) {
+      expand_seconds(o.expand_seconds) {
   for (Sequence& s : each) {
     s.row = {};
     for (int32_t slot : s.slots) model->share(slot);

@@ -87,7 +87,6 @@ inline void start_expand(Call& call) {
   for (int64_t i = s.ran; i < t.count(); ++i) check_token(*s.model, t.tokens[(size_t)i]);
   check_length(*s.model, (int64_t)s.each[0].tokens.size() + 1);
   if (s.model == call.machine.models[0].get()) {
-    s.draft_seconds = instance.drafting_since >= 0 ? instance.busy_now() - instance.drafting_since : 0;
     for (Statistics* statistics : {&instance.statistics, &call.machine.statistics}) {
       statistics->trees += !s.tree;
       statistics->nodes += t.count() - s.ran;

@@ -117,8 +117,6 @@ class Backend(ABC):
     limits: Limits
     dtypes: frozenset[str]
     """Element types a buffer may have."""
-    formats: frozenset[str]
-    """Storage types of weights that claimed kernels read."""
     hot: frozenset[str] = frozenset()
     """Operations that are worth a template: a region around one is opened rather than generated as a whole."""
     dialect: Dialect

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from stemma.backends.cpu.pack import bf16_bits, bf16_row, bf16_values, pack_linear, q8_row_bytes, weight_group
+from stemma.backends.cpu.formats import pack_linear, packing_of, q8_row_bytes
+from stemma.backends.cpu.formats.plain import bf16_bits, bf16_row, bf16_values
 from stemma.backends.cpu.render_templates import render
+from stemma.ir import quantize_array
 
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 VARIANTS: Mapping[str, tuple[str, ...]] = {
@@ -156,21 +158,24 @@ def activations(x: Any, activation: str) -> tuple[Any, Any]:
     return bf16_rows(x) if activation == "bf16" else q8_rows(x, int(activation.removeprefix("q8_g")))
 
 
+def linear(name: str, weight: str, activation: str, **seams: Any) -> str:
+    """The text of one linear kernel."""
+    made = packing_of(weight)
+    return render("linear.hpp.j2", name=name, weight=weight, activation=activation, core=made.core, **made.seams(), **seams)
+
+
 def random_weight(rng: np.random.Generator, n: int, k: int, format: str) -> tuple[Any, Any]:
     """A random weight: (packed bytes, aligned; its f64 values [N, K])."""
     if format in ("f32", "bf16"):
         w = rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))
         w = w if format == "f32" else bf16_values(bf16_bits(w))
         packed, values = pack_linear(w, format), w.astype(np.float64)
-    elif format == "int8":
-        codes = rng.integers(-127, 128, (n, k), dtype=np.int8)
-        scales = rng.uniform(0.5, 1.5, n).astype(np.float32) / np.float32(64 * np.sqrt(k))
-        packed, values = pack_linear(codes, format, scales), codes.astype(np.float64) * scales[:, None].astype(np.float64)
     else:
-        group = weight_group(format)
-        codes = rng.integers(-8, 8, (n, k), dtype=np.int8)
-        halves = (rng.uniform(0.5, 1.5, (n, k // group)) / (4 * np.sqrt(k))).astype(np.float16)
-        packed, values = pack_linear(codes, format, halves), codes * np.repeat(halves.astype(np.float64), group, axis=1)
+        w = (rng.standard_normal((n, k), dtype=np.float32) / np.float32(np.sqrt(k))) * rng.uniform(0.5, 1.5, (n, 1)).astype(
+            np.float32
+        )
+        stored = quantize_array(w, format)
+        packed, values = pack_linear(stored, format), stored.dequantize().astype(np.float64)
     out = aligned(packed.shape, np.uint8)
     out[:] = packed
     return out, values

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.kernel_harness import VARIANTS, Library, activations, random_weight, source, supported
-from stemma.backends.cpu.render_templates import render
+from benchmarks.kernel_harness import VARIANTS, Library, activations, linear, random_weight, source, supported
 
 PAIRS = (
     ("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "q8_g64"), ("int4_g32", "f32"),
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--variant", default=next(v for v in VARIANTS if supported(v)))
     a = parser.parse_args()
     pairs = [p for p in PAIRS if a.only in "+".join(p)]
-    kernels = [render("linear.hpp.j2", name=f"{w}__{x}", weight=w, activation=x) for w, x in pairs]
+    kernels = [linear(f"{w}__{x}", w, x) for w, x in pairs]
     library = Library(source([PROBE, *kernels]), a.variant)
     rng = np.random.default_rng(0)
     stream = huge(256 << 20)

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from stemma.backends.cpu.pack import pack_linear, pair_order
+from stemma.backends.cpu.formats import pack_linear, pair_order
 from stemma.codegen.schedule import Packed
 from stemma.ir import Array, Node, Rows, StemmaError, TypeMismatch, WeightStore
-from stemma.ir.types import Quantized, numpy_dtype, round_bf16
+from stemma.ir.formats import Quantized
+from stemma.ir.types import numpy_dtype, round_bf16
 
 SMALL, LARGE = 64, 4096  # alignments: of every tensor, of those that have at least LARGE bytes
 BLOCK = 1 << 21  # elements of one block of rows
@@ -102,7 +103,7 @@ def _rows_block(rows: Rows, node: Node, start: int, stop: int) -> Array:
 
 
 def _panel_block(rows: Rows, node: Node, start: int, stop: int) -> Array:
-    return _panels(rows.block(node, start, stop, raw=True), node.dtype)
+    return pack_linear(rows.block(node, start, stop, raw=True), node.dtype)
 
 
 def _pair_block(rows: Rows, node: Node, start: int, stop: int) -> Array:
@@ -111,17 +112,8 @@ def _pair_block(rows: Rows, node: Node, start: int, stop: int) -> Array:
     lo, hi = start // 2, stop // 2
     parts = [rows.block(node, base + lo, base + hi, raw=True) for base in (0, half)]
     order = pair_order(hi - lo)
-    if isinstance(parts[0], Quantized):
-        codes, scales = (np.concatenate([getattr(p, a) for p in parts])[order] for a in ("codes", "scales"))
-        return _panels(Quantized(node.dtype, codes, scales), node.dtype)
-    return _panels(np.concatenate(parts)[order], node.dtype)
-
-
-def _panels(value: Any, name: str) -> Array:
-    if isinstance(value, Quantized):
-        scales = value.scales[:, 0] if name == "int8" else value.scales.astype(np.float16)
-        return pack_linear(value.codes, name, scales)
-    return pack_linear(value, name)
+    joined = Quantized.concatenate(parts) if isinstance(parts[0], Quantized) else np.concatenate(parts)
+    return pack_linear(joined[order], node.dtype)
 
 
 def _plain(value: Any, name: str) -> Array:

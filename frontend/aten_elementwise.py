@@ -6,7 +6,7 @@ import math
 
 from stemma.frontend.aten import Call, Number, Unsupported, Value, common, constant, lower, node, to
 from stemma.ir import Node, Op, ops
-from stemma.ir.types import dtype
+from stemma.ir.formats import dtype
 
 INF = math.inf
 

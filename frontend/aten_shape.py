@@ -24,7 +24,7 @@ from stemma.frontend.aten import (
     transpose,
 )  # fmt: skip
 from stemma.ir import Node, SizeLike, ops, size
-from stemma.ir.types import dtype
+from stemma.ir.formats import dtype
 
 Ints = Sequence[SizeLike]
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from stemma.ir import size
 from stemma.ir.errors import StemmaError, TypeMismatch
+from stemma.ir.formats import Quantized, dtype
 from stemma.ir.function import Function, topological
 from stemma.ir.node import Node
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Quantized, State, Tensor, Type, dtype, numpy_dtype, round_bf16, widen_bf16
+from stemma.ir.types import State, Tensor, Type, numpy_dtype, round_bf16, widen_bf16
 from stemma.ir.weights import WeightStore
 
 WeightSource = Callable[[str], Any]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import CheckpointError
+from stemma.ir.formats import Array, Quantized, dtype
 from stemma.ir.interpret import Context, evaluate_constant
 from stemma.ir.node import Node
-from stemma.ir.types import Array, Quantized, dtype, widen_bf16
+from stemma.ir.types import widen_bf16
 from stemma.ir.weights import WeightStore
 
 
@@ -52,8 +53,6 @@ class Rows:
         name = node.op.name
         if not self.blockwise(node):
             value = self.whole(node)
-            if isinstance(value, Quantized):
-                return Quantized(value.dtype, value.codes[start:stop], value.scales[start:stop])
             return value[start:stop]
         if name == "weight":
             return self._stored(node, start, stop, raw)
@@ -95,8 +94,7 @@ class Rows:
         if len(parts) == 1:
             return parts[0]
         if isinstance(parts[0], Quantized):
-            codes, scales = (np.concatenate([getattr(p, a) for p in parts]) for a in ("codes", "scales"))
-            return Quantized(node.dtype, codes, scales)
+            return Quantized.concatenate(parts)
         if dtype(node.dtype).kind == "float" and len({p.dtype == np.uint16 for p in parts}) > 1:
             parts = [widen_bf16(p) if p.dtype == np.uint16 else p for p in parts]
         return np.concatenate(parts)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stemma.ir import Function, Module, Node, PassError, Tensor, dtype, interpret, ops, size, stamp
-from stemma.ir.types import quantize_array
+from stemma.ir.formats import quantize_array
 from stemma.passes.pattern import Choices, choices
 from stemma.passes.rewrite import NoMatch, Rule
 

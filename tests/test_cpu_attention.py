@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kernel_harness import NAMES, Library, build, same_bits, source
-from stemma.backends.cpu import pack
+from stemma.backends.cpu.formats.plain import bf16_bits, bf16_values
 from stemma.backends.cpu.render_templates import render
 
 U = 2.0**-24
@@ -67,8 +67,8 @@ def test_attention_cached(library: Library, name: str) -> None:
     vc: Any
     k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
     if seams["cache"] == "bf16":
-        kc, vc = pack.bf16_bits(k), pack.bf16_bits(v)
-        k, v = pack.bf16_values(kc), pack.bf16_values(vc)
+        kc, vc = bf16_bits(k), bf16_bits(v)
+        k, v = bf16_values(kc), bf16_values(vc)
     else:
         kc, vc = k, v
     table = rng.permutation(slots).astype(np.int32).reshape(2, context)
@@ -143,7 +143,7 @@ def test_attention_in_a_tree(library: Library, name: str, scattered: bool) -> No
         order = {int(s): i for i, s in enumerate(dict.fromkeys([*map(int, table[6]), *map(int, used)])) if s >= 0}
         table = np.array([[order[int(s)] + 3 if s >= 0 else -7 for s in row] for row in table], np.int32)
     k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
-    kc, vc = (pack.bf16_bits(a) if seams["cache"] == "bf16" else a for a in (k, v))
+    kc, vc = (bf16_bits(a) if seams["cache"] == "bf16" else a for a in (k, v))
     rows = positions.size
     sequence = np.arange(rows, dtype=np.int32)
     q = rng.standard_normal((rows, heads * dim), dtype=np.float32)

@@ -16,24 +16,22 @@ import pytest
 from benchmarks.kernel_harness import (
     NAMES,
     Library,
-    activations,
     aligned,
     bf16_rows,
     build,
+    linear,
     q8_rows,
     random_weight,
     same_bits,
     source,
 )  # fmt: skip
-from stemma.backends.cpu import pack
+from stemma.backends.cpu.formats import pack_linear, pair_order, q8_row_bytes
+from stemma.backends.cpu.formats.plain import bf16_bits, bf16_row, bf16_values
 from stemma.backends.cpu.render_templates import render
+from stemma.ir import Quantized
 
 U = 2.0**-24
-LINEAR = (
-    ("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "q8_g64"),
-    ("int4_g64", "f32"), ("int4_g64", "q8_g64"), ("int4_g128", "q8_g32"),
-)  # fmt: skip
-EMBEDDINGS = (("f32", "panel"), ("bf16", "panel"), ("int8", "panel"), ("int4_g32", "panel"), ("f32", "rows"), ("bf16", "rows"))
+LINEAR = (("int8", "q8_g64"), ("int4_g64", "f32"), ("int4_g64", "q8_g64"))
 MATH = ("exp", "log", "tanh", "erf", "sigmoid", "silu", "gelu", "gelu_tanh")
 RANGES = {"exp": (-86.5, 88.7), "log": (1e-30, 1e30)}
 ULPS = {"exp": 2.0, "log": 2.0, "tanh": 3.0, "erf": 6.0, "sigmoid": 4.0, "silu": 4.0}
@@ -95,26 +93,11 @@ def text() -> str:
         [
             TEAM_KERNEL,
             *map(elementwise, MATH),
-            *(render("linear.hpp.j2", name=f"linear_{w}__{a}", weight=w, activation=a) for w, a in LINEAR),
-            render(
-                "linear.hpp.j2",
-                name="fused",
-                weight="bf16",
-                activation="f32",
-                extras=["const float* bias", "const float* residual"],
-                **bias,
-            ),
-            render(
-                "linear.hpp.j2",
-                name="paired",
-                weight="int8",
-                activation="f32",
-                pair=True,
-                output="bf16",
-                epilogue=["acc = st_silu(acc) * acc2;"],
-            ),
+            *(linear(f"linear_{w}__{a}", w, a) for w, a in LINEAR),
+            linear("fused", "bf16", "f32", extras=["const float* bias", "const float* residual"], **bias),
+            linear("paired", "int8", "f32", pair=True, output="bf16", epilogue=["acc = st_silu(acc) * acc2;"]),
             *(render("quantize_rows.hpp.j2", name=f"rows_{o}", output=o) for o in ("bf16", "q8_g32", "q8_g64", "q8_g128")),
-            *(render("embedding.hpp.j2", name=f"embed_{w}_{x}", weight=w, layout=x, scale=1.5) for w, x in EMBEDDINGS),
+            *(render("embedding.hpp.j2", name=f"embed_{w}_rows", weight=w, layout="rows", scale=1.5) for w in ("f32", "bf16")),
             *(render("norm.hpp.j2", name=f"norm_{n}", **seams) for n, seams in NORMS.items()),
             *(render("cache_write.hpp.j2", name=f"write_{c}", kv_heads=2, head_dim=24, cache=c) for c in ("f32", "bf16")),
         ],
@@ -187,8 +170,8 @@ def test_converts_are_exact(library: Library) -> None:
     arrays = [a.ctypes.data for a in (x, b, h, from_b, from_h, vector)]
     library.native.converts(ctypes.c_int64(n), *map(ctypes.c_void_p, arrays))
     every = np.arange(n, dtype=np.uint16)
-    assert np.array_equal(b, pack.bf16_bits(x)) and np.array_equal(vector, b)
-    assert same_bits(from_b, pack.bf16_values(every))
+    assert np.array_equal(b, bf16_bits(x)) and np.array_equal(vector, b)
+    assert same_bits(from_b, bf16_values(every))
     assert np.array_equal(from_h, every.view(np.float16).astype(np.float32), equal_nan=True)
     real = ~np.isnan(x)
     with np.errstate(over="ignore"):
@@ -196,45 +179,6 @@ def test_converts_are_exact(library: Library) -> None:
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("weight", "activation"), LINEAR)
-def test_linear(library: Library, weight: str, activation: str) -> None:
-    rng = np.random.default_rng(3)
-    shapes = [(n, 128) for n in (1, 63, 65, 100)]
-    shapes += [(20, 1024), (7, 16384)] if weight.startswith("int4") else [(20, 1), (65, 7), (20, 130), (70, 2049), (7, 6150)]
-    for n, k in shapes:  # the last is more than one block of K
-        packed, values = random_weight(rng, n, k, weight)
-        x = rng.standard_normal((64, k), dtype=np.float32)
-        whole = np.zeros((64, n), np.float32)
-        rows, exact = activations(x, activation)
-        library.call(f"linear_{weight}__{activation}", 2, 64, n, k, rows, packed, whole)
-        # a rounding per product-sum (per group of exact integer dots), and of scale, conversion and total
-        group = int(activation[4:]) if activation.startswith("q8") else 1
-        bound = (k / group + 5) * U * (np.abs(exact) @ np.abs(values).T) + 1e-37
-        assert (np.abs(whole - exact @ values.T) <= bound).all()
-        for m, threads in ((1, 1), (1, 2), (2, 2), (7, 1), (13, 2), (64, 1)):
-            part = np.full((m, n), np.nan, np.float32)
-            library.call(f"linear_{weight}__{activation}", threads, m, n, k, np.ascontiguousarray(rows[64 - m :]), packed, part)
-            assert same_bits(part, whole[64 - m :]), (n, k, m, threads)
-
-
-@pytest.mark.parametrize(("weight", "activation"), LINEAR)
-def test_linear_of_a_weight_from_memory(library: Library, weight: str, activation: str) -> None:
-    """A weight of more than 2 MB is split by panels, and its tiles are not equally high: the bits of a row are the same."""
-    rng = np.random.default_rng(18)
-    k, group = 256, int(activation[4:]) if activation.startswith("q8") else 1
-    n = 64 * ((2 << 20) // pack.panel_bytes(k, weight) + 1) - 5
-    packed, values = random_weight(rng, n, k, weight)
-    rows, exact = activations(rng.standard_normal((23, k), dtype=np.float32), activation)
-    whole = np.zeros((23, n), np.float32)
-    library.call(f"linear_{weight}__{activation}", 2, 23, n, k, rows, packed, whole)
-    bound = (k / group + 5) * U * (np.abs(exact) @ np.abs(values).T) + 1e-37
-    assert (np.abs(whole - exact @ values.T) <= bound).all()
-    for m, threads in ((1, 1), (1, 2), (4, 2), (6, 1), (7, 2), (8, 1), (10, 2)):
-        part = np.full((m, n), np.nan, np.float32)
-        library.call(f"linear_{weight}__{activation}", threads, m, n, k, np.ascontiguousarray(rows[23 - m :]), packed, part)
-        assert same_bits(part, whole[23 - m :]), (m, threads)
 
 
 def test_linear_is_independent_of_how_rows_are_split(library: Library) -> None:
@@ -257,8 +201,8 @@ def test_linear_integer_sums_agree_on_every_isa(libraries: dict[str, Library]) -
             if weight == "int8"
             else rng.choice([-8, 7], (64, 256)).astype(np.int8)
         )
-        scales = np.ones(64, np.float32) if weight == "int8" else np.ones((64, 4), np.float16)
-        packed = pack.pack_linear(codes, weight, scales)
+        scales = np.ones((64, 1 if weight == "int8" else 4), np.float32)
+        packed = pack_linear(Quantized(weight, {"codes": codes, "scales": scales}), weight)
         rows, exact = q8_rows(extreme, 64)
         for library in libraries.values():
             y = np.zeros((3, 64), np.float32)
@@ -284,17 +228,17 @@ def test_linear_pair(library: Library) -> None:
     rng = np.random.default_rng(7)
     f, k = 48, 90
     codes, scales = rng.integers(-127, 128, (2 * f, k), dtype=np.int8), rng.uniform(0.5, 1.5, 2 * f).astype(np.float32) / 1000
-    order = pack.pair_order(f)
-    packed = pack.pack_linear(codes[order], "int8", scales[order])
+    order = pair_order(f)
+    packed = pack_linear(Quantized("int8", {"codes": codes, "scales": scales[:, None]})[order], "int8")
     x = rng.standard_normal((3, k), dtype=np.float32)
     y = np.zeros((3, f), np.uint16)
     library.call("paired", 2, 3, 2 * f, k, x, packed, y)
     z = x.astype(np.float64) @ (codes * scales[:, None].astype(np.float64)).T
     gate, up = z[:, :f], z[:, f:]
     expected = gate / (1 + np.exp(-gate)) * up
-    assert (np.abs(pack.bf16_values(y) - expected) <= 2.0**-8 * np.abs(expected) + 1e-5).all()  # bf16 keeps 8 bits
+    assert (np.abs(bf16_values(y) - expected) <= 2.0**-8 * np.abs(expected) + 1e-5).all()  # bf16 keeps 8 bits
     with pytest.raises(ValueError, match="multiple of 16"):
-        pack.pair_order(40)
+        pair_order(40)
 
 
 # ---- rows, embedding, norm, cache ------------------------------------------------------------------------------------
@@ -305,24 +249,23 @@ def test_quantize_rows(library: Library, k: int) -> None:
     x = np.random.default_rng(8).standard_normal((5, k), dtype=np.float32)
     x[2] = 0
     for group in (32, 64, 128):
-        y, (expected, _) = aligned((5, pack.q8_row_bytes(k, group)), np.uint8), q8_rows(x, group)
+        y, (expected, _) = aligned((5, q8_row_bytes(k, group)), np.uint8), q8_rows(x, group)
         library.call(f"rows_q8_g{group}", 2, 5, k, x, y)
         assert np.array_equal(y, expected)
-    b = np.full((5, pack.bf16_row(k)), 9, np.uint16)
+    b = np.full((5, bf16_row(k)), 9, np.uint16)
     library.call("rows_bf16", 2, 5, k, x, b)
     assert np.array_equal(b, bf16_rows(x)[0])
 
 
-@pytest.mark.parametrize(("weight", "layout"), EMBEDDINGS)
-def test_embedding(library: Library, weight: str, layout: str) -> None:
+@pytest.mark.parametrize("weight", ["f32", "bf16"])
+def test_embedding(library: Library, weight: str) -> None:
     rng = np.random.default_rng(9)
-    vocab, k = 130, 96 if weight.startswith("int4") else 37
-    packed, values = random_weight(rng, vocab, k, weight)
-    if layout == "rows":
-        packed = values.astype(np.float32) if weight == "f32" else pack.bf16_bits(values.astype(np.float32))
+    vocab, k = 130, 37
+    _, values = random_weight(rng, vocab, k, weight)
+    packed = values.astype(np.float32) if weight == "f32" else bf16_bits(values.astype(np.float32))
     tokens = np.array([0, 129, 64, -1, 63, 130], np.int32)
     y = np.full((6, k), np.nan, np.float32)
-    library.call(f"embed_{weight}_{layout}", 2, 6, vocab, k, tokens, packed, y)
+    library.call(f"embed_{weight}_rows", 2, 6, vocab, k, tokens, packed, y)
     assert not y[[3, 5]].any()
     known = [0, 1, 2, 4]
     assert (np.abs(y[known] - 1.5 * values[tokens[known]]) <= 2 * U * np.abs(y[known])).all()
@@ -336,9 +279,7 @@ def test_norm(library: Library, name: str) -> None:
         x = rng.standard_normal((7, d), dtype=np.float32) + np.float32(0.5)
         w, b, other = (rng.standard_normal(s, dtype=np.float32) for s in (d, d, (7, d)))
         total, out = np.zeros_like(x), np.full_like(x, np.nan)
-        packed = (
-            aligned((7, pack.q8_row_bytes(d, 64)), np.uint8) if name == "rms_q8" else np.zeros((7, pack.bf16_row(d)), np.uint16)
-        )
+        packed = aligned((7, q8_row_bytes(d, 64)), np.uint8) if name == "rms_q8" else np.zeros((7, bf16_row(d)), np.uint16)
         y = out if seams["output"] == "f32" else packed
         extra = ([other, total] if seams["residual"] else []) + ([w] if seams["weight"] else []) + ([b] if seams["bias"] else [])
         library.call(f"norm_{name}", 2, 7, 1, d, x, d, *extra, y, d)
@@ -362,7 +303,7 @@ def test_norm(library: Library, name: str) -> None:
             library.call("norm_rms", 1, 7, 1, d, x, d, w, reference, d)
             assert np.array_equal(packed, q8_rows(reference, 64)[0])
         else:
-            assert (np.abs(pack.bf16_values(packed[:, :d]) - expected) <= 2.0**-8 * np.abs(expected)).all()
+            assert (np.abs(bf16_values(packed[:, :d]) - expected) <= 2.0**-8 * np.abs(expected)).all()
 
 
 def test_norm_of_heads_inside_a_wider_row(library: Library) -> None:
@@ -383,4 +324,4 @@ def test_cache_write(library: Library) -> None:
     expected = np.zeros((2, 9, 24), np.float32)
     for r in (0, 2, 4):
         expected[:, slot[r]] = x[r, :48].reshape(2, 24)
-    assert np.array_equal(f, expected) and np.array_equal(b, pack.bf16_bits(expected))
+    assert np.array_equal(f, expected) and np.array_equal(b, bf16_bits(expected))

@@ -14,7 +14,7 @@ from stemma.backends.registry import get
 from stemma.codegen.lower import Kernel, lower
 from stemma.codegen.render import render
 from stemma.ir import OPS, Array, CompileError, Function, Module, interpret, parse_module, print_module, verify
-from stemma.ir.types import Quantized
+from stemma.ir.formats import Quantized
 from tests.generated import Native
 from tests.opcases import BOUNDS, CASES, UNGENERATED, Bound, Case
 

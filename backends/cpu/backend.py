@@ -8,7 +8,7 @@ from typing import Any
 from stemma.backends.base import Backend, Claim, Inputs, Kernel, Limits, Refusal
 from stemma.backends.cpu import claims
 from stemma.backends.cpu.dialect import CPU
-from stemma.backends.cpu.pack import linear_bytes
+from stemma.backends.cpu.formats import ACTIVATIONS, linear_bytes
 from stemma.backends.cpu.render_templates import render
 from stemma.backends.cpu.toolchain import CpuToolchain
 from stemma.ir import CompileError, Function, Node, Tensor, ops
@@ -19,8 +19,7 @@ class CpuBackend(Backend):
 
     name = "cpu"
     limits = Limits(vector_bytes=64)
-    dtypes = frozenset({"f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", *claims.ACTIVATIONS})
-    formats = frozenset(claims.LINEAR_WEIGHTS)
+    dtypes = frozenset({"f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", *ACTIVATIONS})
     hot = frozenset({"linear", "embedding", "attention", "cached_attention", "rms_norm", "layer_norm"})
     dialect = CPU
     device = "stemma.backends.cpu.device"

@@ -11,11 +11,10 @@ from typing import Any
 
 from stemma.backends.base import Argument, Claim, Inputs, Kernel, Refusal
 from stemma.backends.cpu.epilogue import Epilogue
-from stemma.backends.cpu.pack import q8_row_bytes
+from stemma.backends.cpu.formats import ACTIVATIONS, packing, q8_row_bytes
+from stemma.backends.cpu.formats.base import Packing
 from stemma.ir import Function, Node, SizeLike, Tensor, dtype, size
 
-LINEAR_WEIGHTS = ("f32", "bf16", "int8", "int4_g32", "int4_g64", "int4_g128")
-ACTIVATIONS = ("q8_g32", "q8_g64", "q8_g128")
 Answer = Claim | Refusal | None
 
 
@@ -60,20 +59,20 @@ def linear(body: Function, inputs: Inputs) -> Answer:
         x = x.inputs[0]
     if x not in at or w not in at or at[w] not in inputs.constant:
         return Refusal("the activations and the weight of a matrix product must come from outside the kernel, the weight constant")
-    if w.dtype not in LINEAR_WEIGHTS:
-        return Refusal(f"weights of {w.dtype} are not among {', '.join(LINEAR_WEIGHTS)}")
-    columns = x.shape[-1]
+    weight, columns = packing(w.dtype), x.shape[-1]
     assert isinstance(columns, int)
-    if refusal := _activation_fits(x.dtype, w.dtype, columns):
-        return refusal
+    if weight is None:
+        return Refusal(f"no kernel multiplies with weights of {w.dtype}")
+    if reason := weight.refusal(columns) or _activation_unfit(x.dtype, weight, columns):
+        return Refusal(reason)
     if len(body.results) != 1:
         return Refusal("a matrix product with an epilogue has one result")
     epilogue = Epilogue(body, anchor, at)
     if isinstance(made := epilogue.build(rest[0] if rest else None), Refusal):
         return made
     used = kernel(
-        "linear", weight=w.dtype, activation=x.dtype, epilogue=tuple(made.statements), extras=tuple(made.extras),
-        output=made.output, pair=made.pair,
+        "linear", weight=w.dtype, activation=x.dtype, core=weight.core, **weight.seams(), epilogue=tuple(made.statements),
+        extras=tuple(made.extras), output=made.output, pair=made.pair,
     )  # fmt: skip
     call = arguments(
         rows(anchor.inputs[0].tensor), w.shape[0], columns, ("input", at[x]), ("input", at[w]), ("output", 0),
@@ -83,19 +82,10 @@ def linear(body: Function, inputs: Inputs) -> Answer:
     return Claim(used, call, {at[w]: "pair" if made.pair else "panel"}, what=what)
 
 
-def _activation_fits(x: str, w: str, columns: int) -> Refusal | None:
-    if x == "f32":
-        return None
-    if x == "bf16":
-        if w == "bf16" and columns % 2 == 0:
-            return None
-        return Refusal("bf16 activations need a bf16 weight and an even K")
-    if x not in ACTIVATIONS or not w.startswith("int"):
-        return Refusal(f"activations of {x} do not multiply weights of {w}")
-    group = dtype(w).group
-    if group and group % dtype(x).group:
-        return Refusal(f"the group of the activations {x} does not divide the group of the weight {w}")
-    return None
+def _activation_unfit(x: str, weight: Packing, columns: int) -> str:
+    if x not in weight.activations:
+        return f"activations of {x} do not multiply weights of {weight.format.name}; {', '.join(weight.activations)} do"
+    return "bf16 activations need an even K" if x == "bf16" and columns % 2 else ""
 
 
 def embedding(body: Function, inputs: Inputs) -> Answer:
@@ -113,11 +103,11 @@ def embedding(body: Function, inputs: Inputs) -> Answer:
         return Refusal("a table lookup is claimed alone, with at most a constant factor after it")
     if at[w] not in inputs.constant or ids.dtype != "i32":
         return Refusal("the table must be constant and the ids i32")
-    panel = at[w] in inputs.panels
-    if w.dtype not in (LINEAR_WEIGHTS if panel else ("f32", "bf16")):
+    made = packing(w.dtype) if at[w] in inputs.panels else None
+    if made is None and w.dtype not in ("f32", "bf16"):
         return Refusal(f"rows of {w.dtype} are read only from a weight that a matrix product shares")
-    layout = "panel" if panel else "rows"
-    used = kernel("embedding", weight=w.dtype, layout=layout, scale=scale)
+    layout, seams = ("panel", {"core": made.core, **made.seams()}) if made else ("rows", {})
+    used = kernel("embedding", weight=w.dtype, layout=layout, scale=scale, **seams)
     call = arguments(ids.tensor.elements, *w.shape, ("input", at[ids]), ("input", at[w]), ("output", 0))
     return Claim(used, call, {at[w]: layout}, what=f"{w.dtype} rows")
 

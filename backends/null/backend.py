@@ -16,7 +16,6 @@ class NullBackend(Backend):
     name = "null"
     limits = Limits(vector_bytes=16)
     dtypes = frozenset({"f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool"})
-    formats: frozenset[str] = frozenset()
     dialect = CPU
 
     def claim(self, body: Function, inputs: Inputs) -> Claim | Refusal:

@@ -31,7 +31,6 @@ class ReferenceBackend(Backend):
     name = "reference"
     limits = Limits(vector_bytes=8)
     dtypes = EVERY
-    formats: frozenset[str] = frozenset()
     dialect = CPU
 
     def claim(self, body: Function, inputs: Inputs) -> Claim | Refusal:

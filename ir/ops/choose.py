@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from stemma.ir.formats import Array
 from stemma.ir.ops.program import F32, I32, I64, ProgramOp, expect, sequences_type
-from stemma.ir.types import Array, Tensor, Type
+from stemma.ir.types import Tensor, Type
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed", "sequence")
 SETTING_TYPES = (F32, I32, F32, F32, F32, F32, I64, I64)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import StemmaError, TypeMismatch
+from stemma.ir.formats import Array
 from stemma.ir.ops.program import ProgramOp
-from stemma.ir.types import Array, Tensor, Tuple, Type
+from stemma.ir.types import Tensor, Tuple, Type
 
 
 def automaton(indptr: Type, *edges: Type) -> None:

@@ -8,10 +8,11 @@ import numpy as np
 
 from stemma.ir import size as sizes
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import dtype
 from stemma.ir.function import Function
 from stemma.ir.node import Op
 from stemma.ir.size import SizeLike
-from stemma.ir.types import State, Tensor, Tuple, Type, dtype
+from stemma.ir.types import State, Tensor, Tuple, Type
 
 
 class Param(Op):

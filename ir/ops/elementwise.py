@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import dtype
 from stemma.ir.node import OPS, Op
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Tensor, Type, dtype
+from stemma.ir.types import Tensor, Type
 
 ELEMENTWISE = frozenset({"elementwise"})
 

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import Array
 from stemma.ir.ops.program import I32, ProgramOp, TreeValue, sequences_type, tree_size
-from stemma.ir.types import Array, State, Type
+from stemma.ir.types import State, Type
 
 DEPTHS, BUCKETS, RANKS = 8, 32, 16
 EXPLORE = 16

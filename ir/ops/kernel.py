@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import dtype
 from stemma.ir.node import Op
 from stemma.ir.size import Size, SizeLike
-from stemma.ir.types import Tensor, Type, dtype
+from stemma.ir.types import Tensor, Type
 
 REDUCTIONS = ("sum", "max", "min", "argmax")
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from stemma.ir import size
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import Quantized, dtype, format_of, quantize_array
 from stemma.ir.node import Cost, Node, Op
 from stemma.ir.ops.core import cast
 from stemma.ir.ops.elementwise import add, broadcast
 from stemma.ir.ops.shape import take, transpose
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Quantized, Tensor, Type, dtype, quantize_array
+from stemma.ir.types import Tensor, Type
 
 WEIGHT_BLOCK = 1 << 24  # elements
 
@@ -140,7 +141,7 @@ class Embedding(Op):
         if isinstance(w, np.ndarray):
             return w[rows].astype(ctx.float)
         if isinstance(w, Quantized):
-            return Quantized(w.dtype, w.codes[rows], w.scales[rows]).dequantize().astype(ctx.float)
+            return w[rows].dequantize().astype(ctx.float)
         return w.take(rows).astype(ctx.float)  # rows.LazyRows
 
     def decompose(self, w: Node, ids: Node) -> Node:
@@ -154,19 +155,19 @@ class Embedding(Op):
 
 
 class Quantize(Op):
-    """`quantize(x, dtype=)`: round x [.., K] to a quantized type along the last axis (see `types.quantize_array`)."""
+    """`quantize(x, dtype=)`: round x [.., K] to a quantized type along the last axis (see `Format.quantize`)."""
 
     name = "quantize"
 
     def infer(self, x: Tensor, *, dtype: str) -> Type:
         if not x.is_float:
             raise TypeMismatch("needs float elements")
-        kind = _dtype(dtype)
-        if kind.kind != "quantized":
-            raise TypeMismatch(f"{dtype} is not a quantized type")
+        kind = format_of(dtype)
         columns = x.shape[-1] if x.rank else 0
-        if not isinstance(columns, int) or columns == 0 or (kind.group and columns % kind.group):
-            raise TypeMismatch(f"a last axis of {columns} is no multiple of the group of {dtype}")
+        if not isinstance(columns, int):
+            raise TypeMismatch(f"a last axis of {columns} is no constant")
+        if reason := kind.refusal(columns):
+            raise TypeMismatch(reason)
         return Tensor(dtype, x.shape)
 
     def evaluate(self, ctx: Any, x: Any, *, dtype: str) -> Any:
@@ -187,6 +188,5 @@ class Dequantize(Op):
         return x.dequantize().astype(ctx.float)
 
 
-_dtype = dtype
 matmul, linear, conv, embedding = MatMul(), Linear(), Conv(), Embedding()
 quantize, dequantize = Quantize(), Dequantize()

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import StemmaError, TypeMismatch
+from stemma.ir.formats import Array
 from stemma.ir.node import Op
 from stemma.ir.ops.shape import axis_of
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Array, State, Tensor, Tuple, Type
+from stemma.ir.types import State, Tensor, Tuple, Type
 
 I32, F32, BOOL, I64 = Tensor("i32", ()), Tensor("f32", ()), Tensor("bool", ()), Tensor("i64", ())
 OUTPUT, CLOSED = State("output"), State("closed")

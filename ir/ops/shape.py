@@ -8,9 +8,10 @@ import numpy as np
 
 from stemma.ir import size
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import Quantized, dtype
 from stemma.ir.node import Op
 from stemma.ir.size import SizeLike
-from stemma.ir.types import Quantized, Tensor, Type, dtype
+from stemma.ir.types import Tensor, Type
 
 VIEW = frozenset({"view"})
 
@@ -94,7 +95,7 @@ class Slice(Mover):
         part = np.s_[ctx.size(start) : ctx.size(stop) : step]
         if isinstance(x, Quantized) and axis < x.codes.ndim - 1:
             index = (np.s_[:],) * axis + (part,)
-            return Quantized(x.dtype, x.codes[index], x.scales[index])
+            return x[index]
         return x[(np.s_[:],) * axis + (part,)]
 
 
@@ -121,8 +122,7 @@ class Concat(Mover):
 
     def evaluate(self, ctx: Any, *xs: Any, axis: int) -> Any:
         if isinstance(xs[0], Quantized):
-            codes = np.concatenate([x.codes for x in xs], axis)
-            return Quantized(xs[0].dtype, codes, np.concatenate([x.scales for x in xs], axis))
+            return Quantized.concatenate(xs, axis)
         return np.concatenate(xs, axis)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import StemmaError, TypeMismatch
+from stemma.ir.formats import Array
 from stemma.ir.ops.program import (
     BOOL,
     I32,
@@ -20,7 +21,7 @@ from stemma.ir.ops.program import (
     stack_rows,
     tree_size,
 )
-from stemma.ir.types import Array, State, Tensor, Tuple, Type
+from stemma.ir.types import State, Tensor, Tuple, Type
 
 
 class Tree(ProgramOp):

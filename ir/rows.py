@@ -74,6 +74,8 @@ class Rows:
         if stored.shape != node.shape:
             raise CheckpointError(f"The weight {name!r} has the shape {stored.shape}, the module expects {node.shape}.")
         part = stored[start:stop]
+        if isinstance(part, Quantized):
+            return part
         if node.dtype == "bf16":
             if ((part & np.uint16(0x7FFF)) >= np.uint16(0x7F80)).any():
                 raise _not_a_number(name)

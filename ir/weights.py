@@ -23,8 +23,8 @@ class WeightStore:
     def add(self, name: str, type: Tensor, load: Callable[[], Any], raw: Callable[[], Any] | None = None) -> None:
         """Register a weight; CheckpointError when the name is taken.
 
-        `raw` gives the elements as they are stored (bf16 as uint16 bits): something with a `shape` of which `raw[start:stop]` reads
-        rows, or None.
+        `raw` gives the elements as they are stored (bf16 as uint16 bits, a quantized type as `Quantized`): something with a `shape`
+        of which `raw[start:stop]` reads rows, or None.
         """
         if name in self._entries:
             raise CheckpointError(f"Two weights are called {name!r}.")

@@ -6,6 +6,7 @@ backend packs it and multiplies with it is that backend's file of the same name.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,11 @@ class Quantized:
 @dataclass(frozen=True)
 class Format(DType, ABC):
     """A storage type of rows: codes and what gives them a meaning."""
+
+    @property
+    def activation_group(self) -> int:
+        """Columns that share a scale when activations are rounded to multiply this format as whole numbers (`q8_gN`)."""
+        return math.gcd(self.group or 64, 128)
 
     @abstractmethod
     def parts(self, columns: int) -> dict[str, tuple[type, tuple[int, ...]]]:

@@ -81,7 +81,7 @@ class TwoLevel(Format):
         codes *= (self._spread(parts["d"]) * parts["sub_scales"].astype(np.float32))[..., None]
         if self.minimums:
             codes -= (self._spread(parts["dmin"]) * parts["sub_minimums"].astype(np.float32))[..., None]
-        return codes.reshape(shape)
+        return np.asarray(codes.reshape(shape))
 
     def _spread(self, of_supers: Array) -> Array:
         """Values of super-blocks [.., supers], for each sub-block."""

@@ -253,7 +253,7 @@ class _Lowering:
         code = ordered([n for n in function.nodes if n not in constants.inner], constants.values)
         uses: dict[tuple[Node, int], int] = {}  # (value, result) -> how many reads are left
         for node in code:
-            for i in node.inputs:
+            for i in node.inputs if node.op.name != "get" else ():
                 uses[value_of(i)] = uses.get(value_of(i), 0) + 1
         for r in function.results:
             uses[value_of(r)] = uses.get(value_of(r), 0) + 1

@@ -158,6 +158,9 @@ def test_values_are_moved_at_their_last_use_and_readers_come_first() -> None:
     listed = only({"s": ops.get(stepped, index=0), "after": ops.length(s), "token": token}, s, token)
     names = [(name, inputs) for name, inputs, _, _ in lower(listed).programs["p"].main.code]
     assert names == [("length", [0]), ("step", [-1, 1])]  # the token is a result, so it stays
+    again = ops.step(ops.get(stepped, index=0), token)  # the first of several results is moved too
+    names = [(name, inputs) for name, inputs, _, _ in lower(only({"s": ops.get(again, index=0)}, s, token)).programs["p"].main.code]
+    assert names == [("step", [-1, 1]), ("step", [-3, -2])]
 
 
 def test_constants_are_folded_and_registers_reused() -> None:

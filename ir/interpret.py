@@ -88,7 +88,7 @@ class Context:
                 return x.astype(np.float16).astype(self.float)
         return x.astype(self.numpy(name), copy=False)
 
-    def _lazy(self, function: Function) -> dict[Node, Any]:
+    def lazy_rows(self, function: Function) -> dict[Node, Any]:
         """Weights of linears and embeddings, as values that are computed when they are read, by blocks of rows."""
         if not isinstance(self._weights, WeightStore):
             return {}
@@ -106,9 +106,25 @@ class Context:
         found = [n for n in function.nodes if n in constant and n not in function.results and only_read_by_rows(n)]
         return {n: LazyRows(n, self._weights) for n in found}
 
+    @classmethod
+    def of(cls, function: Function, arguments: Sequence[Any], weights: WeightSource | None) -> Context:
+        """A float32 context for arguments in the order of the parameters."""
+        context = cls(weights, np.float32)
+        names = [p.attrs["name"] for p in function.params]
+        context.sizes = bind_sizes([p.type for p in function.params], [a.shape for a in arguments], names)
+        return context
+
+    def extend(self, function: Function, values: dict[Node, Any]) -> tuple[Any, ...]:
+        """The results of a function. Nodes in `values` are not evaluated, and what is evaluated is added to it."""
+        values |= {node: lazy for node, lazy in self.lazy_rows(function).items() if node not in values}
+        for node in topological(function.results, values):
+            if node not in values:
+                values[node] = node.op.evaluate(self, *(values[i] for i in node.inputs), **node.attrs)
+        return tuple(values[r] for r in function.results)
+
     def call(self, function: Function, arguments: Sequence[Any]) -> tuple[Any, ...]:
         """Evaluate a function or region; values are freed after their last use."""
-        values: dict[Node, Any] = dict(zip(function.params, arguments, strict=True)) | self._lazy(function)
+        values: dict[Node, Any] = dict(zip(function.params, arguments, strict=True)) | self.lazy_rows(function)
         remaining = {node: len(users) for node, users in function.users().items()}
         for result in function.results:
             remaining[result] += 1

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from stemma.ir import Array, Module, WeightStore
 
@@ -51,15 +51,22 @@ class PassContext:
     """What a pass may use besides the module.
 
     weights: the named weights; a pass may add new ones. calibration: integer arrays [tokens], one per calibration document.
-    source: the checkpoint's folder. models: what the programs may step, by name; empty before the stage "program".
-    fired: how often each rule fired; the manager reads and clears it around every pass.
+    workspace: a folder for results that an interrupted compile finds again; None: a temporary one. report: is told what a long pass
+    does, how much is done and of how much. notes: sentences for the user. source: the checkpoint's folder. models: what the programs
+    may step, by name; empty before the stage "program".
+    fired: how often each rule fired; choices: rows (name -> value) of what a pass chose, to be shown and kept in the artifact. The
+    manager reads and clears both around every pass.
     """
 
     weights: WeightStore = field(default_factory=WeightStore)
     calibration: tuple[Array, ...] = ()
+    workspace: Path | None = None
+    report: Callable[[str, int, int], None] = lambda stage, done, total: None
+    notes: list[str] = field(default_factory=list)
     source: Path | None = None
     models: dict[str, ModelInfo] = field(default_factory=dict)
     fired: Counter[str] = field(default_factory=Counter)
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

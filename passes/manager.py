@@ -34,6 +34,7 @@ class PassRecord:
     fired: Mapping[str, int] = field(default_factory=dict)
     loss: Mapping[str, float] | None = None
     difference: float | None = None
+    choices: tuple[Mapping[str, Any], ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The entry in the artifact's manifest."""
@@ -41,7 +42,7 @@ class PassRecord:
         return {
             "name": self.name, "options": options, "label": self.label, "seconds": round(self.seconds, 4),
             "modified": self.modified, "nodes": self.nodes, "fired": dict(self.fired),
-            "loss": None if self.loss is None else dict(self.loss),
+            "loss": None if self.loss is None else dict(self.loss), "choices": [dict(row) for row in self.choices],
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -93,6 +94,7 @@ def run_pipeline(
             progress(step, number, len(passes))
         _promised(step, "requires", step.requires, module)
         context.fired.clear()
+        context.choices.clear()
         started = time.perf_counter()
         try:
             new = step.run(module, context)
@@ -107,7 +109,18 @@ def run_pipeline(
         loss = measure(step, new) if measure is not None and step.label == "lossy" and new is not module else None
         nodes = sum(len(f.nodes) for f in new)
         records.append(
-            PassRecord(step.name, step.options(), step.label, seconds, new is not module, nodes, dict(context.fired), loss, change)
+            PassRecord(
+                step.name,
+                step.options(),
+                step.label,
+                seconds,
+                new is not module,
+                nodes,
+                dict(context.fired),
+                loss,
+                change,
+                tuple(context.choices),
+            )  # fmt: skip
         )
         module = new
         if dump is not None:

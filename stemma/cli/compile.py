@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stemma.cli.output import console, handled, human_bytes, json_option, progress, show, table
+from stemma.cli.output import console, handled, human_bytes, json_option, print_choices, progress, show, table
 from stemma.cli.quality import quality
 
 
@@ -66,6 +66,8 @@ def compile_command(
             table(("lossy pass", "cost against the checkpoint, on calibration text"), losses)
         else:
             console.print("Every pass is labelled identical: the artifact computes what the checkpoint says.")
+        for record in report.records:
+            print_choices(record.as_json())
         for note in report.notes:
             console.print(f"note: {note}", markup=False)
 

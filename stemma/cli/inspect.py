@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stemma.cli.output import console, handled, human_bytes, json_option, show, table
+from stemma.cli.output import console, handled, human_bytes, json_option, print_choices, show, table
 from stemma.cli.quality import quality
 
 
@@ -86,6 +86,8 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
         for p in manifest["passes"]
     ]
     table(("pass", "label", "options", "measured against the checkpoint"), passes)
+    for p in manifest["passes"]:
+        print_choices(p)
     _programs(manifest)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec
 
@@ -87,6 +87,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     for row in rows:
         grid.add_row(*(_cell(v) for v in row))
     console.print(grid, markup=False)
+
+
+def print_choices(record: Mapping[str, Any]) -> None:
+    """The table of what a pass chose, when it chose something. record: a pass as the manifest has it."""
+    rows = record.get("choices") or ()
+    if rows:
+        columns = list(rows[0])
+        table(columns, [[row[c] for c in columns] for row in rows], f"What {record['name']} chose")
 
 
 def _cell(value: object) -> str:

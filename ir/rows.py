@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import CheckpointError
-from stemma.ir.formats import Array, Quantized, dtype
+from stemma.ir.formats import Array, Format, Quantized, dtype
 from stemma.ir.interpret import Context, evaluate_constant
 from stemma.ir.node import Node
 from stemma.ir.types import widen_bf16
@@ -61,6 +61,11 @@ class Rows:
             return self.block(node.inputs[0], first + start, first + stop, raw)
         if name == "concat":
             return self._joined(node, start, stop, raw)
+        kind = dtype(node.dtype)
+        if name == "quantize" and isinstance(kind, Format) and (together := kind.rows_together) > 1:
+            first = start // together * together
+            values = self.block(node.inputs[0], first, min(-(-stop // together) * together, int(node.shape[0])))  # type: ignore[arg-type]
+            return node.op.evaluate(self.context, values, **node.attrs)[start - first : stop - first]
         parts = [self._operand(i, node, start, stop) for i in node.inputs]
         return node.op.evaluate(self.context, *parts, **node.attrs)
 

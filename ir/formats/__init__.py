@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from stemma.ir.errors import TypeMismatch
-from stemma.ir.formats import two_level, uniform
+from stemma.ir.formats import codebook, group_sparse, lookup, two_four, two_level, uniform
 from stemma.ir.formats.base import Array, DType, Format, Quantized
 
 
@@ -19,7 +19,7 @@ class Family(Protocol):
         """The format called `name`, or None when it is not of this family."""
 
 
-FAMILIES: tuple[Family, ...] = (uniform, two_level)
+FAMILIES: tuple[Family, ...] = (uniform, two_level, codebook, group_sparse, two_four, lookup)
 
 _PLAIN = {
     d.name: d

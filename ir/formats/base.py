@@ -104,6 +104,11 @@ class Format(DType, ABC):
     def dequantize(self, array: Quantized) -> NDArray[np.float32]:
         """The float32 values of an array of this format."""
 
+    @property
+    def rows_together(self) -> int:
+        """Consecutive rows that are rounded together, counted from the first of the whole weight."""
+        return 1
+
     def refusal(self, columns: int) -> str:
         """Why rows of so many columns do not fit; empty when they do."""
         if columns <= 0 or (self.group and columns % self.group):

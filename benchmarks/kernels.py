@@ -20,6 +20,9 @@ from benchmarks.kernel_harness import VARIANTS, Library, activations, linear, ra
 PAIRS = (
     ("f32", "f32"), ("bf16", "f32"), ("bf16", "bf16"), ("int8", "f32"), ("int8", "q8_g64"), ("int4_g32", "f32"),
     ("int4_g64", "f32"), ("int4_g32", "q8_g32"), ("int4_g64", "q8_g64"), ("int4_g128", "q8_g128"),
+    ("int2_g64", "f32"), ("int2_g64", "q8_g64"), ("int2_g128", "q8_g128"), ("int3_g64", "f32"), ("int3_g64", "q8_g64"),
+    ("uint2_g64", "f32"), ("uint2_g64", "q8_g64"), ("uint3_g64", "q8_g64"), ("uint4_g64", "q8_g64"), ("int8_g64", "q8_g64"),
+    ("ternary_g64", "q8_g64"),
 )  # fmt: skip
 PROBE = r"""
 namespace {

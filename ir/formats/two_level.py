@@ -91,7 +91,7 @@ class TwoLevel(Format):
         """The nearest codes, as floats, under a step and an offset for each sub-block."""
         inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
         codes = (grouped + offset[..., None]) * inverse[..., None]
-        return np.rint(np.clip(codes, self.low, self.high, out=codes), out=codes)
+        return np.asarray(np.rint(np.clip(codes, self.low, self.high)))
 
     def _levels(self, wanted: Array, most: int) -> tuple[Array, Array]:
         """(f16 factors [rows, supers], whole multiples of them as floats [rows, subs]) near the wanted scales [rows, subs]."""

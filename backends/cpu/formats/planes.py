@@ -1,0 +1,124 @@
+"""Codes of 2, 3, 4, 6 and 8 bits in planes, made for products of unsigned bytes.
+
+A code is cut into planes of 4, 2 and 1 bits, the low bits first: 2 = [2], 3 = [2, 1], 4 = [4], 6 = [4, 2]; 8 stays whole. Byte i of
+a dword of a plane of p bits holds, for q < 8 / p, the bits of code[4q + i] at bit p * q: 32 / p columns of one output. So a quad of
+4 columns is one shift and one mask away from the four bytes that a dot product takes. A chunk is the fewest columns that fill
+whole dwords of every plane (8, 16 or 32), stored as [dword][64 outputs]. A panel is groups of columns one after the other: first
+the sides, the numbers that say what codes mean, then the chunks.
+
+sides of int{2,3,8}_gN, ternary_gN    64 f16 scales
+sides of uint{2,3,4}_gN               64 f16 scales, 64 f16 zero points
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stemma.backends.cpu.formats.base import PANEL, Bytes, Packing, padded, quantized
+from stemma.ir import DType
+from stemma.ir.formats.uniform import Uniform
+
+GROUPS = (32, 64, 128)
+ACTIVATIONS = (32, 64, 128)
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
+CHUNK = {2: 16, 3: 32, 4: 8, 6: 16, 8: 4}
+
+
+@dataclass(frozen=True)
+class Planes(Packing):
+    """Unsigned codes: bits of each, low: what 0 stands for; and the bytes of a group's sides."""
+
+    bits: int = 0
+    low: int = 0
+
+    @property
+    def group_bytes(self) -> int:
+        return self.sides_bytes + self.format.group * self.bits * (PANEL // 8)
+
+    @property
+    def sides_bytes(self) -> int:
+        """Bytes of a group's sides, of 64 outputs."""
+        raise NotImplementedError
+
+    def refusal(self, columns: int) -> str:
+        group = self.format.group
+        return f"{self.format.name} needs an input size that is a multiple of {group}, not {columns}" if columns % group else ""
+
+    def panel_bytes(self, columns: int) -> int:
+        return columns // self.format.group * self.group_bytes
+
+    def pack_codes(self, codes: NDArray[np.int8]) -> Bytes:
+        """Codes [rows, K] of at most 64 rows as bytes [groups, bytes of a group's chunks]."""
+        groups, chunk = codes.shape[1] // self.format.group, CHUNK[self.bits]
+        unsigned = (padded(codes, PANEL, codes.shape[1]).astype(np.int16) - self.low).astype(np.uint8)
+        quads = unsigned.reshape(PANEL, -1, chunk // 4, 4)
+        dwords, base = [], 0
+        for plane in PLANES[self.bits]:
+            bits = (quads >> np.uint8(base)) & np.uint8(2**plane - 1)
+            held = bits.reshape(PANEL, len(quads[0]), -1, 8 // plane, 4) << (np.arange(8 // plane, dtype=np.uint8) * plane)[:, None]
+            dwords.append(np.bitwise_or.reduce(held, axis=3))
+            base += plane
+        return np.ascontiguousarray(np.concatenate(dwords, axis=2).transpose(1, 2, 0, 3)).reshape(groups, -1)
+
+    def unpack_codes(self, packed: Bytes, columns: int) -> NDArray[np.int8]:
+        """The inverse of `pack_codes`: codes [64, K]."""
+        chunk = CHUNK[self.bits]
+        dwords = packed.reshape(columns // chunk, -1, PANEL, 4).transpose(2, 0, 1, 3)
+        codes = np.zeros((PANEL, columns // chunk, chunk // 4, 4), np.uint8)
+        first = base = 0
+        for plane in PLANES[self.bits]:
+            count = chunk * plane // 32
+            held = dwords[:, :, first : first + count, None] >> (np.arange(8 // plane, dtype=np.uint8) * plane)[:, None]
+            codes |= (held & np.uint8(2**plane - 1)).reshape(codes.shape) << np.uint8(base)
+            first, base = first + count, base + plane
+        return (codes.astype(np.int16) + self.low).astype(np.int8).reshape(PANEL, columns)
+
+
+@dataclass(frozen=True)
+class Groups(Planes):
+    """Sides of f16: scales, and zero points when `zeros`."""
+
+    zeros: bool = False
+
+    @property
+    def sides_bytes(self) -> int:
+        return 256 if self.zeros else 128
+
+    def pack_panel(self, rows: Any) -> Bytes:
+        groups = rows.shape[1] // self.format.group
+        names = ("scales", "zeros") if self.zeros else ("scales",)
+        sides = [np.ascontiguousarray(padded(rows.parts[n].astype(np.float16), PANEL, groups).T).view(np.uint8) for n in names]
+        return np.concatenate([*sides, self.pack_codes(rows.codes)], axis=1).reshape(-1)
+
+    def unpack_panel(self, panel: Bytes, columns: int) -> Any:
+        groups = panel.reshape(columns // self.format.group, -1)
+        sides = np.ascontiguousarray(groups[:, : self.sides_bytes]).view(np.float16).astype(np.float32)
+        parts = {
+            "codes": self.unpack_codes(np.ascontiguousarray(groups[:, self.sides_bytes :]), columns),
+            "scales": sides[:, :PANEL].T,
+        }
+        return quantized(self.format, **parts, **({"zeros": sides[:, PANEL:].T} if self.zeros else {}))
+
+    def seams(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits, "low": self.low, "group": self.format.group, "sides": "groups", "sides_bytes": self.sides_bytes,
+            "zeros": self.zeros,
+        }  # fmt: skip
+
+
+def packing(format: DType) -> Packing | None:
+    """The packing of a format whose codes are multiplied as planes, or None."""
+    if not isinstance(format, Uniform) or format.scale_bits != 16 or (format.bits == 4 and not format.zeros):
+        return None
+    if format.group not in (*GROUPS, 256) or (format.group == 256 and (format.bits != 2 or format.zeros)):
+        return None
+    activations = ("f32", *(f"q8_g{g}" for g in ACTIVATIONS if format.group % g == 0))
+    return Groups(format, "planes", activations, format.bits, -128 if format.bits == 8 else format.low, format.zeros)
+
+
+EXAMPLES = ("int2_g256", "int3_g32", "uint2_g32", "uint3_g32", "uint4_g64", "int8_g32", "ternary_g32")
+"""Names that the tests of all formats try."""

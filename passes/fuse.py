@@ -187,7 +187,7 @@ def _chains(function: Function) -> Function:
         if node in constant or node.op.name in ("param", "constant", "size_value"):
             continue
         readers = {root_of.get(u) for u in users[node]}
-        light = _is_light(node)
+        light = _is_light(node) or (node.op.name == "quantize" and all(u.op.name == "scatter" for u in users[node]))
         (only,) = readers if len(readers) == 1 else (None,)
         if light and only is not None and node not in results and len(members[only]) < MAX_BODY:
             root_of[node] = only

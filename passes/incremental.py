@@ -198,11 +198,14 @@ class _Step:
         return ops.transpose(ops.reshape(result, shape=(1, self.rows, heads, v.shape[3])), axes=(0, 2, 1, 3))
 
     def cache(self, kind: str, value: Node) -> Node:
-        """Write the new rows [1, heads, rows, width] into a cache; the updated cache."""
+        """Write the new rows [1, heads, rows, width] into a cache; the updated cache. It stores what `value` is widened from."""
         _, heads, _, width = value.shape
         name = f"{kind}_cache_{len(self.caches) // 2}"
-        self.caches.append(ops.param(name=name, type=Tensor(value.dtype, (heads, self.slots, width))))
-        rows = ops.reshape(value, shape=(heads, self.rows, width))
+        wide, stored = _stored(value)
+        self.caches.append(ops.param(name=name, type=Tensor(stored, (heads, self.slots, width))))
+        rows = ops.reshape(wide, shape=(heads, self.rows, width))
+        if stored != rows.dtype:
+            rows = (ops.quantize if dtype(stored).kind == "quantized" else ops.cast)(rows, dtype=stored)
         self.updated.append(ops.scatter(self.caches[-1], self.inputs["slots"], rows, axis=CACHE_AXIS))
         return self.updated[-1]
 
@@ -243,6 +246,16 @@ def head_input(logits: Node) -> Node:
         raise PassError("incremental: there is no linear output head, so the model has no hidden state to return.")
     value = linears[-1].inputs[0]
     return value.inputs[0] if value.op.name in ("quantize", "cast") and value.dtype != "f32" else value
+
+
+def _stored(value: Node) -> tuple[Node, str]:
+    """(x, T) when `value` is x rounded to the element type T and widened again, as the pass `cache` writes it; else itself."""
+    rounded = value.inputs[0] if value.op.name in ("dequantize", "cast") else value
+    kind = dtype(rounded.dtype)
+    narrow = kind.kind == "quantized" or (kind.kind == "float" and kind.bits < dtype(value.dtype).bits)
+    if narrow and rounded.op.name in ("quantize", "cast") and rounded.inputs[0].type == value.type:
+        return rounded.inputs[0], rounded.dtype
+    return value, value.dtype
 
 
 def _token_parameter(forward: Function) -> Node:

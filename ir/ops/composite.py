@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from stemma.ir.errors import TypeMismatch
+from stemma.ir.formats import dtype
 from stemma.ir.node import INF, Node, Op
 from stemma.ir.ops.core import cast, constant, iota, size_value
 from stemma.ir.ops.elementwise import (
@@ -26,7 +27,7 @@ from stemma.ir.ops.elementwise import (
     tanh,
     where,
 )  # fmt: skip
-from stemma.ir.ops.linear import matmul
+from stemma.ir.ops.linear import dequantize, matmul, plain
 from stemma.ir.ops.reduce import reduce_max, reduce_sum
 from stemma.ir.ops.shape import broadcast_to, concat, reshape, slice, take, transpose
 from stemma.ir.size import SizeLike
@@ -323,7 +324,7 @@ class Attention(Op):
 class CachedAttention(Op):
     """`cached_attention(q, k_cache, v_cache, table, sequence, positions, scale=, window=None, softcap=None)`.
 
-    q [R, H, D], caches [Hk, slots, D], table i32 [sequences, context], sequence and positions i32 [R] -> [R, H, Dv].
+    q [R, H, D], caches [Hk, slots, D] of any storage, table i32 [sequences, context], sequence and positions i32 [R] -> [R, H, Dv].
     Row r attends to the keys in slots table[sequence[r], j] for j in max(0, positions[r]-window+1) .. positions[r]: a paged cache
     (Kwon et al. 2023) with pages of one slot. A row's value does not depend on the other rows.
     """
@@ -353,7 +354,7 @@ class CachedAttention(Op):
             last = int(positions[r])
             first = 0 if window is None else max(0, last - window + 1)
             slots = table[int(sequence[r]), first : last + 1]
-            k, v = (np.repeat(c[:, slots].astype(ctx.float), group, axis=0) for c in (k_cache, v_cache))
+            k, v = (np.repeat(plain(c[:, slots]).astype(ctx.float), group, axis=0) for c in (k_cache, v_cache))
             scores = np.einsum("hd,hsd->hs", q[r], k) * scale
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
@@ -369,7 +370,8 @@ class CachedAttention(Op):
         slots = take(table, sequence, axis=0)  # [R, context]
 
         def gather(cache: Node) -> Node:  # [R, H, context, D]
-            picked = transpose(take(cast(cache, dtype=q.dtype), slots, axis=1), axes=(1, 0, 2, 3))
+            wide = dequantize(cache) if dtype(cache.dtype).kind == "quantized" else cast(cache, dtype=q.dtype)
+            picked = transpose(take(wide, slots, axis=1), axes=(1, 0, 2, 3))
             last = picked.shape[3]
             grouped = broadcast_to(
                 reshape(picked, shape=(rows, kv_heads, 1, context, last)),

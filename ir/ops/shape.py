@@ -189,9 +189,14 @@ class Scatter(Mover):
         expected = (*x.shape[:axis], indices.shape[0], *x.shape[axis + 1 :])
         if updates.shape != expected or updates.dtype != x.dtype:
             raise TypeMismatch(f"the updates must be {Tensor(x.dtype, expected)!r}")
+        if dtype(x.dtype).kind == "quantized" and axis == x.rank - 1:
+            raise TypeMismatch("the last axis of a quantized tensor is stored by rows, which cannot be split")
         return x
 
     def evaluate(self, ctx: Any, x: Any, indices: Any, updates: Any, *, axis: int) -> Any:
+        if isinstance(x, Quantized):
+            parts = {n: self.evaluate(ctx, p, indices, updates.parts[n], axis=axis) for n, p in x.parts.items()}
+            return Quantized(x.dtype, parts)
         result = np.array(x)
         for i, target in enumerate(indices):
             result[(np.s_[:],) * axis + (int(target),)] = np.take(updates, i, axis=axis)

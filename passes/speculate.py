@@ -15,7 +15,8 @@ becomes
 
 <rest> is the same nodes, so a program with penalties, filters, constraints or host functions speculates as it is, and decides the
 same (speculative decoding: Leviathan et al. 2023, Chen et al. 2023; token trees: Miao et al. 2024, SpecInfer). `verify` replaces
-only the choice of the token. D is what the drafters keep, G the measured costs and gains (`governor`).
+only the choice of the token, or the logits that all of <rest> reads (`reflective`). D is what the drafters keep, G the measured
+costs and gains (`governor`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from stemma.ir.trace_scope import Cell, Scope, build, tracing
 from stemma.passes.base import Label, Needs, Pass, PassContext, Stage
 from stemma.passes.drafters import DraftContext, Drafter, Q, Table, make_drafters
 from stemma.passes.loops import Match, Unfit, match_loop, steps_models
+from stemma.passes.reflective import Reflection, mixed, reflection_tokens
 
 GOVERNOR = "governor"
 PLAIN = "_plain"
@@ -43,18 +45,26 @@ class Speculate(Pass):
 
     draft: drafters by name, joined with "+", each with options: "recycling", "lookahead+draft_model{length=4}", "./mine.py:Mine".
     budget: nodes of a tree, its root included. verify: "identical" (same bytes as plain decoding), "recursive" (rejection sampling,
-    same distribution), "typical" (Medusa's, lossy). shape: "measured" leaves out nodes that cost more than they bring, by what was
-    measured while decoding; "fixed" runs all that were drafted. memory: megabytes that speculation may need; lowers the budget.
-    epsilon, delta: of typical acceptance.
+    same distribution), "typical" (Medusa's, lossy), "reflective" (a second look, lossy). shape: "measured" leaves out nodes that
+    cost more than they bring, by what was measured while decoding; "fixed" runs all that were drafted. memory: megabytes that
+    speculation may need; lowers the budget. epsilon, delta: of typical acceptance.
+
+    reflection, alpha: of reflective verification (Wang et al. 2025). A drafted chain runs twice in one call, the second time after
+    the tokens of the text `reflection`. The program reads logits in which the second look has the weight alpha: 0 gives the bytes
+    of plain decoding, 1 the second look alone. The budget holds 1 + 2k + m nodes, for a chain of k tokens and a reflection of m.
+    Of a tree only the chain that can be expected to bring most is checked. Where the context has no room for the largest of these
+    calls, nothing is drafted. What was drafted changes the text, so a request may get another text later.
     """
 
     draft: str = "recycling"
     budget: int = 16
-    verify: Literal["identical", "recursive", "typical"] = "identical"
+    verify: Literal["identical", "recursive", "typical", "reflective"] = "identical"
     shape: Literal["measured", "fixed"] = "measured"
     memory: float | None = None
     epsilon: float = 0.09
     delta: float = 0.3
+    reflection: str = " # "
+    alpha: float = 0.3
     name: ClassVar[str] = "speculate"
     label: ClassVar[Label] = "identical"
     requires: ClassVar[frozenset[str]] = frozenset({"has_programs"})
@@ -62,7 +72,7 @@ class Speculate(Pass):
     stage: ClassVar[Stage] = "program"
 
     def __post_init__(self) -> None:
-        labels: dict[str, Label] = {"recursive": "distribution", "typical": "lossy"}
+        labels: dict[str, Label] = {"recursive": "distribution", "typical": "lossy", "reflective": "lossy"}
         object.__setattr__(self, "label", labels.get(self.verify, "identical"))
 
     def needs(self) -> Needs:
@@ -123,6 +133,7 @@ class _Program:
     reasons: list[str] = field(default_factory=list)
     kept: dict[str, Type] = field(default_factory=dict)  # persistent values
     context: DraftContext = field(init=False)
+    reflection: Reflection | None = field(init=False, default=None)
 
     def build(self) -> Function:
         """The speculated function; Unfit when none of its loops matches."""
@@ -132,7 +143,10 @@ class _Program:
         models = {match.sequences.args for match in loops.values()}
         if len(models) > 1:
             raise Unfit("its loops step different models")
-        self.context = self._draft_context(next(iter(loops.values())))
+        first = next(iter(loops.values()))
+        if self.options.verify == "reflective":
+            self.reflection = self._reflection(first)
+        self.context = self._draft_context(first)
         for drafter in self.drafters:
             for name, type in drafter.persistent(self.context).items():
                 self.kept[name] = type
@@ -148,8 +162,12 @@ class _Program:
 
     @property
     def size(self) -> int:
-        """Nodes of a tree."""
+        """Nodes of a tree; of a chain that is looked at twice."""
         return self.context.size
+
+    def nodes(self, size: int) -> int:
+        """Nodes of a call for a tree of `size`."""
+        return self.reflection.nodes(size) if self.reflection else size
 
     def _matches(self, function: Function) -> Iterator[tuple[Node, Match]]:
         """The loops of a function and its regions that can be speculated; why others cannot goes to `reasons`."""
@@ -157,7 +175,7 @@ class _Program:
             regions = [v for v in node.attrs.values() if isinstance(v, Function)]
             if node.op.name == "loop" and steps_models(node.attrs["body"]):
                 try:
-                    yield node, match_loop(node, self.options.verify != "identical")
+                    yield node, match_loop(node, self.options.verify in ("recursive", "typical"))
                     continue
                 except Unfit as error:
                     self.reasons.append(str(error))
@@ -200,35 +218,57 @@ class _Program:
         after = {name: ops.get(rebuilt, index=count + i) for i, name in enumerate(state)}
         return (rebuilt if isinstance(node.type, Tuple) else ops.get(rebuilt, index=0)), after
 
+    def _reflection(self, match: Match) -> Reflection:
+        """The second look; PassError when the options are wrong, Unfit when the loop's model has other tokens."""
+        options, (model, _, vocab, _) = self.options, match.sequences.args
+        if not 0 <= options.alpha <= 1:
+            raise PassError(f"speculate: alpha is {options.alpha:g}; it is a weight between 0 and 1.")
+        info = self.outside.models[str(model)]
+        if info.to_target is not None:
+            raise Unfit(
+                f"its loop steps {model!r}, whose tokens are not those of the checkpoint that the reflection is encoded for"
+            )
+        found = Reflection(reflection_tokens(options.reflection, self.outside.source, int(vocab)), options.alpha, info.context)
+        if found.length(options.budget) < 1:
+            raise PassError(
+                f"speculate: a budget of {options.budget} cannot hold the root, one drafted token twice and the {len(found.tokens)}"
+                f" tokens of the reflection; give {found.nodes(2)} or more, or a shorter reflection."
+            )
+        return found
+
     # sizes and memory
 
     def _draft_context(self, match: Match) -> DraftContext:
         model, _, vocab, width = match.sequences.args
         context = DraftContext(
-            size=self.options.budget, model=str(model), vocab=int(vocab), width=int(width), models=self.outside.models,
+            size=self._most(), model=str(model), vocab=int(vocab), width=int(width), models=self.outside.models,
             verify=self.options.verify, weights=self.outside.weights,
         )  # fmt: skip
         for drafter in self.drafters:
             drafter.check(context)
         return replace(context, size=self._budget(context))
 
+    def _most(self) -> int:
+        """The largest tree, or chain that is looked at twice, of the budget."""
+        return 1 + self.reflection.length(self.options.budget) if self.reflection else self.options.budget
+
     def _budget(self, context: DraftContext) -> int:
-        """The budget that fits the memory; PassError below one drafted node."""
+        """The size of a tree that fits the memory; PassError below one drafted node."""
         if self.options.budget < 2:
             raise PassError(
                 f"speculate: a budget of {self.options.budget} is below one drafted node; it counts the root, so give 2 or more."
             )
         if self.options.memory is None:
-            return self.options.budget
-        for nodes in range(self.options.budget, 1, -1):
-            if sum(self._bytes(replace(context, size=nodes)).values()) <= self.options.memory * 1e6:
-                return nodes
+            return context.size
+        for most in range(context.size, 1, -1):
+            if sum(self._bytes(replace(context, size=most)).values()) <= self.options.memory * 1e6:
+                return most
         least = sum(self._bytes(replace(context, size=2)).values()) / 1e6
         raise PassError(f"speculate: {self.options.memory:g} MB are too few for one drafted node, which needs {least:.3f} MB.")
 
     def _bytes(self, context: DraftContext) -> dict[str, int]:
         """What speculation adds to a request's memory, in bytes, by purpose."""
-        nodes = context.size
+        nodes = self.nodes(context.size)
         found = {
             "cache": nodes * slot_bytes(self.module, context.model),
             "logits": nodes * 4 * (context.vocab + context.width),
@@ -237,15 +277,15 @@ class _Program:
             for name, type in drafter.persistent(context).items():
                 found[name] = type_bytes(type)
             for model in drafter.needs().models:
-                found[f"cache of {model}"] = nodes * slot_bytes(self.module, model)
+                found[f"cache of {model}"] = context.size * slot_bytes(self.module, model)
         return found
 
     def report(self) -> dict[str, Any]:
         """What `inspect` shows: drafters, nodes, verifier, and bytes by purpose."""
         options = self.options
         return {
-            "draft": options.draft, "nodes": self.size, "verify": options.verify, "shape": options.shape, "label": options.label,
-            "bytes": tuple(self._bytes(self.context).items()),
+            "draft": options.draft, "nodes": self.nodes(self.size), "verify": options.verify, "shape": options.shape,
+            "label": options.label, "bytes": tuple(self._bytes(self.context).items()),
         }  # fmt: skip
 
 
@@ -322,15 +362,28 @@ class _Loop:
                 joined.merge(tree)
             return joined
 
+        reflection = program.reflection
+        limit = p.as_value(1 + (size - 1) // len(contexts))
         if measured:
             limit = Value(build("plan", cells[GOVERNOR].node, size=size))
+        if reflection:
+            limit = reflection.limit(limit, text, size)
+        if measured or reflection:
             tree = p.cond(limit > 1, lambda: drafted(limit), lambda: p.tree(token, 1, joined_size))
-            if not self.samples:  # which samples are left out must not depend on what they are
-                tree.node = build("prune", cells[GOVERNOR].node, tree.node)
         else:
-            tree = drafted(p.as_value(1 + (size - 1) // len(contexts)))
-        logits = text.expand(tree, size)
-        again, hidden, *carried = self._follow(text, cells)
+            tree = drafted(limit)
+        if reflection:
+            tree.node = build("best_chain", tree.node, *([cells[GOVERNOR].node] if measured else []))
+        if measured and not self.samples:  # which samples are left out must not depend on what they are
+            tree.node = build("prune", cells[GOVERNOR].node, tree.node)
+        looks: dict[str, Node] = {}
+        if reflection:
+            logits = text.expand(reflection.repeated(tree, token, size), program.nodes(size))
+            text.node = build("retract", text.node, tree.node)
+            looks, logits = reflection.begin(tree, logits), logits[:size]
+        else:
+            logits = text.expand(tree, size)
+        again, hidden, *carried = self._follow(text, cells, looks)
         text.node = carried[match.position]
         for drafter, context in zip(program.drafters, contexts, strict=True):
             drafter.observe(context, text.copy(), tree, logits, Value(hidden), cells)
@@ -346,9 +399,9 @@ class _Loop:
         drafters = self.program.drafters
         return self.program.options.verify == "recursive" and len(drafters) == 1 and drafters[0].samples
 
-    def _follow(self, text: Sequences, cells: Mapping[str, Cell]) -> list[Node]:
+    def _follow(self, text: Sequences, cells: Mapping[str, Cell], looks: Mapping[str, Node]) -> list[Node]:
         """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results: whether to go on, the
-        hidden state of the last node, the values carried."""
+        hidden state of the last node, the values carried. looks: `Reflection.begin`, nothing without a second look."""
         match = self.match
         body = match.body
         names = {q.attrs["name"] for q in body.params}
@@ -356,12 +409,16 @@ class _Loop:
         carried = {unique("again", names): ops.constant(value=True, dtype="bool"), unique("hidden", names): nothing}
         if self.samples:
             carried[unique(Q, names)] = cells[Q].node
-        last, hidden, *drawn_from = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
+        carried |= {unique(name, names): node for name, node in looks.items()}
+        last, hidden, *others = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
+        drawn_from, seen = (others, []) if self.samples else ([], others)
         followed = ops.follow(body.params[match.position], match.token)
 
         def replaced(node: Node, inputs: tuple[Node, ...]) -> Node:
             if node is match.step:
                 return followed
+            if seen and node.op.name == "get" and node.inputs[0] is match.step and node.attrs["index"] == 1:
+                return mixed(ops.get(followed, index=1), *seen)
             return self._chosen(inputs, drawn_from) if node is match.select else node.rebuild(*inputs)
 
         again, *after = body.rewrite(replaced).results
@@ -370,6 +427,8 @@ class _Loop:
         names = set(body.result_names)
         wanted = any(d.needs().hidden for d in self.program.drafters)
         new = {last: again, hidden: ops.get(followed, index=2) if wanted else hidden}
+        if seen:
+            new[seen[1]] = ops.add(seen[1], ops.constant(value=1, dtype="i32"))
         extra = [(unique(q.attrs["name"], names), new.get(q, q)) for q in params]
         pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), *extra]
         init = [text.node if i == match.position else q for i, q in enumerate(body.params)]

@@ -56,7 +56,7 @@ def explain_programs(step: Pass, folder: Path, programs: Sequence[str]) -> list[
     found = []
     for program in chosen:
         try:
-            said, done = _said(step, program, infos), True
+            said, done = _said(step, program, infos, folder), True
         except StemmaError as error:
             said, done = _shortened(str(error), step.name, program.name), False
         found.append({"rule": step.name, "program": program.name, "applies": done, "text": f"{program.name}: {said}"})
@@ -70,13 +70,13 @@ def _shortened(message: str, *heads: str) -> str:
     return message
 
 
-def _said(step: Pass, program: Program, infos: dict[str, ModelInfo]) -> str:
+def _said(step: Pass, program: Program, infos: dict[str, ModelInfo], folder: Path) -> str:
     from stemma.codegen.program import attach
     from stemma.library import listed
     from stemma.passes.base import PassContext
 
     module = attach(Module([], {"kind": "causal_lm"}), listed([program], infos))
-    changed = step.run(module, PassContext(models=infos))
+    changed = step.run(module, PassContext(source=folder, models=infos))
     reports = dict(changed.properties.get("speculation", ()))
     nodes = dict(reports.get(program.name, ())).get("nodes")
     return f"yes, {nodes} nodes at most." if nodes else "yes." if changed is not module else "it stays as it is."

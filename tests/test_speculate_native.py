@@ -52,7 +52,9 @@ def speculated(model: stemma.Model, **options: Any) -> TracedProgram:
     models = {m["name"]: ModelInfo(m["vocab"], m["width"], m["context"], tuple(m["eos"])) for m in model.manifest.raw["models"]}
     plain = trace(generate, {name: ModelSpec(i.vocab, i.width, i.eos, i.context) for name, i in models.items()})
     module = attach(Module([], {}), [Listed(plain.function, plain.defaults)])
-    return TracedProgram(Speculate(**options).run(module, PassContext(models=models))["generate"], plain.defaults)
+    return TracedProgram(
+        Speculate(**options).run(module, PassContext(models=models, source=MODELS / "target"))["generate"], plain.defaults
+    )
 
 
 @pytest.mark.parametrize("shape", ["measured", "fixed"])
@@ -114,3 +116,18 @@ def test_other_verifiers_run(model: stemma.Model, verify: Any) -> None:
         assert model.generate_ids(PROMPTS[3], program=program, max_new_tokens=30, ignore_eos=True) == plain
         sampled = model.generate_ids(PROMPTS[3], program=program, max_new_tokens=30, temperature=1.0, ignore_eos=True)
         assert len(sampled) == 30
+
+
+@pytest.mark.parametrize("shape", ["measured", "fixed"])
+@pytest.mark.parametrize("draft", ["recycling", "draft_model{shape=chain}", "prompt_lookup+recycling"])
+def test_a_second_look_without_weight_changes_nothing(model: stemma.Model, draft: str, shape: Any) -> None:
+    """alpha 0 gives the tokens of plain decoding to every prompt; another alpha gives others, of the length that was asked for."""
+    plain, fast, lossy = [], [], []
+    programs = [speculated(model, draft=draft, verify="reflective", alpha=alpha, budget=20, shape=shape) for alpha in (0.0, 0.5)]
+    for temperature in (0.0, 0.7):
+        options = {"max_new_tokens": 40, "temperature": temperature, "seed": 3, "ignore_eos": True}
+        plain += [model.generate_ids(prompt, program="generate_plain", **options) for prompt in PROMPTS]
+        fast += [model.generate_ids(prompt, program=programs[0], **options) for prompt in PROMPTS]
+        assert model.generate_ids(PROMPTS, program=programs[0], **options) == fast[-len(PROMPTS) :]
+        lossy += [model.generate_ids(prompt, program=programs[1], **options) for prompt in PROMPTS]
+    assert fast == plain != lossy and all(len(text) == 40 for text in lossy)

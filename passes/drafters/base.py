@@ -73,8 +73,8 @@ class DraftContext:
         """Probabilities f32[n, vocab] that the program chooses each token, guessed from a drafter's logits.
 
         At a temperature the noise that the program will add at those positions (i32[n]) is known, because it is counted: it is
-        added here too, so that both choose the same token where their distributions are close (a Gumbel coupling). Other verifiers
-        than identical draw otherwise.
+        added here too, so that both choose the same token where their distributions are close (a Gumbel coupling). The verifiers
+        recursive and typical draw otherwise.
         """
         if not self.settings:
             return p.softmax(logits * sharpness)
@@ -82,7 +82,7 @@ class DraftContext:
 
         def sampled() -> Value:
             scaled = logits / temperature
-            coupled = self.verify == "identical"
+            coupled = self.verify in ("identical", "reflective")
             if not coupled:
                 return p.softmax(scaled)
             return p.softmax((scaled + p.noise(seed, sequence, positions, self.vocab)) * sharpness)
@@ -130,8 +130,8 @@ class Drafter:
         raise NotImplementedError
 
     def observe(self, context: DraftContext, text: Sequences, tree: Tree, logits: Value, hidden: Value, state: State) -> None:
-        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab]: of the tree's nodes; hidden f32[1, width]: of
-        the last node that was followed, zeros when no drafter `needs` it."""
+        """Learns from a turn. text: with the followed nodes; logits f32[size, vocab]: of the tree's nodes, after the last one
+        anything; hidden f32[1, width]: of the last node that was followed, zeros when no drafter `needs` it."""
 
     def given(self, context: DraftContext, name: str) -> ModelInfo:
         """A model that is needed; PassError when it is not there."""

@@ -5,6 +5,7 @@
 #include "constraint.hpp"
 #include "embed.hpp"
 #include "governor.hpp"
+#include "reflect.hpp"
 #include "sequences.hpp"
 #include "shapes.hpp"
 #include "tables.hpp"
@@ -24,7 +25,7 @@ const OperationEntry* find_operation(const std::string& name) {
     collect(made, SEQUENCES_OPERATIONS), collect(made, TREES_OPERATIONS), collect(made, CALLS_OPERATIONS);
     collect(made, TENSORS_OPERATIONS), collect(made, SHAPES_OPERATIONS), collect(made, CHOOSE_OPERATIONS), collect(made,
         CONSTRAINT_OPERATIONS);
-    collect(made, TABLES_OPERATIONS), collect(made, GOVERNOR_OPERATIONS);
+    collect(made, TABLES_OPERATIONS), collect(made, GOVERNOR_OPERATIONS), collect(made, REFLECT_OPERATIONS);
     return made;
   }();
   const auto found = known.find(name);

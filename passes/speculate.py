@@ -7,8 +7,9 @@ A loop whose body steps one sequence,
 becomes
 
     loop(S, token, ..., D, G):
-        limit = plan(G);  T = draft(S, token, limit, D);  T = prune(G, T)      # a tree rooted at the token; limit 1: the root alone
-        S, tree logits = expand(S, T)                                          # one call of the model for all nodes
+        limit = plan(G)                                    # 0: drafting does not pay, a turn of the plain loop and G = learn(G, S)
+        T = draft(S, token, limit, D);  T = prune(G, T)    # a tree rooted at the token; limit 1: the root alone
+        S, tree logits = expand(S, T)                      # one call of the model for all nodes
         loop:  S, logits = follow(S, token);  <rest>;  again = again and has_child(S, token')
         D = observe(D, T, tree logits);  G = learn(G, S);  S = settle(S)
         return again of the last <rest>, S, token', ..., D, G
@@ -21,14 +22,14 @@ costs and gains (`governor`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from stemma.ir import Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, dtype, ops, size, stamp, walk
 from stemma.ir import trace as p
 from stemma.ir.ops.choose import SETTINGS
-from stemma.ir.trace import Sequences, Tree, Value
+from stemma.ir.trace import Sequences, Value
 from stemma.ir.trace_scope import Cell, Scope, build, tracing
 from stemma.passes.base import Label, Needs, Pass, PassContext, Stage
 from stemma.passes.drafters import DraftContext, Drafter, Q, Table, make_drafters
@@ -305,6 +306,8 @@ def type_bytes(type: Type) -> int:
     """Bytes of a value that a drafter keeps: of a tensor its elements, of a state its capacity."""
     if isinstance(type, Tensor):
         return int(size.bounds(type.elements)[1]) * dtype(type.dtype).bits // 8
+    if isinstance(type, State) and type.kind == "recycling":
+        return 8 * int(type.args[0]) * int(type.args[1])
     return 0
 
 
@@ -330,38 +333,45 @@ class _Loop:
         scope.names |= {q.attrs["name"] for q in match.body.params}
         with tracing(scope):
             params = {name: scope.param(name, node.type) for name, node in start.items()}
+            limit = scope.param("limit", Tensor("i32", ()))
             cells = {name: _cell(node) for name, node in params.items()}
-            results = self._turn(cells)
+            results = self._turn(cells, Value(limit))
             after = {name: cell.node for name, cell in cells.items()}
-        taken = set(match.body.result_names)
-        pairs = [*zip(match.body.result_names, results, strict=True), *((unique(n, taken), node) for n, node in after.items())]
-        loop = ops.loop(*self.inputs, *start.values(), body=Function("", (*match.body.params, *params.values()), pairs))
+        taken, given = set(match.body.result_names), (*match.body.params, *params.values())
+        names = [*match.body.result_names, *(unique(name, taken) for name in after)]
+        if GOVERNOR in params:
+            measured = params[GOVERNOR]
+            planned = ops.plan(measured, size=program.size)
+            plain = {**params, GOVERNOR: ops.learn(measured, match.body.results[1 + match.position])}
+            done = ops.cond(
+                ops.gt(planned, ops.constant(value=0, dtype="i32")), *given, planned,
+                then=Function("", (*given, limit), zip(names, [*results, *after.values()], strict=True)),
+                otherwise=Function("", (*given, limit), zip(names, [*match.body.results, *plain.values()], strict=True)),
+            )  # fmt: skip
+            turn = [ops.get(done, index=i) for i in range(len(names))]
+        else:
+            turn = [*results, *after.values()]
+        loop = ops.loop(*self.inputs, *start.values(), body=Function("", given, zip(names, turn, strict=True)))
         first = len(match.body.params)
         return loop, {name: ops.get(loop, index=first + i) for i, name in enumerate(start) if name in self.state}
 
-    def _turn(self, cells: dict[str, Cell]) -> list[Node]:
-        """The results of one turn: whether to go on, then the carried values of the plain loop. Changes the cells."""
+    def _turn(self, cells: dict[str, Cell], limit: Value) -> list[Node]:
+        """The results of a turn with a tree: whether to go on, then the carried values of the plain loop. Changes the cells."""
         match, program = self.match, self.program
         size = program.size
         text, token = Sequences(match.body.params[match.position]), Value(match.token, "token")
         contexts = [replace(program.context, settings=self._settings(), source=i) for i in range(len(program.drafters))]
-
+        drafts = list(zip(program.drafters, contexts, strict=True))
         measured = GOVERNOR in cells
-        joined_size = size * len(contexts) if measured else size
+        if not measured:
+            limit = p.as_value(1 + (size - 1) // len(contexts))
+        alone = len(drafts) == 1
+        tree = p.tree(token, limit * len(contexts), size * len(contexts) if measured else size)
 
-        def drafted(limit: Value) -> Tree:
-            trees = [p.tree(token, limit, size) for _ in contexts]
-            for context in contexts:
-                context.limit = limit
-            for drafter, context, tree in zip(program.drafters, contexts, trees, strict=True):
-                drafter.draft(context, text.copy(), token, tree, cells)
-            if len(trees) == 1:
-                return trees[0]
-            joined = p.tree(token, limit * len(trees), joined_size)
-            for tree in trees:
-                joined.merge(tree)
-            return joined
+        def ask(name: str, *inputs: Node, source: int) -> Value:
+            return Value(build(name, cells[GOVERNOR].node, *inputs, source=source))
 
+<<<<<<< HEAD
         reflection = program.reflection
         limit = p.as_value(1 + (size - 1) // len(contexts))
         if measured:
@@ -384,9 +394,35 @@ class _Loop:
         else:
             logits = text.expand(tree, size)
         again, hidden, *carried = self._follow(text, cells, looks)
+=======
+        def draft(drafter: Drafter, context: DraftContext) -> None:
+            own = tree if alone else p.tree(token, limit, size)
+            drafter.draft(context, text.copy(), token, own, cells)
+            if not alone:
+                tree.merge(own)
+
+        def observe(drafter: Drafter, context: DraftContext) -> None:
+            drafter.observe(context, text.copy(), tree, logits, hidden, cells)
+
+        def only_if(test: Value | None, run: Callable[[Drafter, DraftContext], None], *inputs: Any) -> None:
+            if test is None:
+                run(*inputs)
+            else:
+                p.cond(test, lambda: run(*inputs), lambda: None)
+
+        for drafter, context in drafts:
+            context.limit = limit
+            wanted = (limit > 1) & ask("ask", tree.node, source=context.source) if measured else None
+            only_if(wanted, draft, drafter, context)
+        if measured and not self.samples:  # which samples are left out must not depend on what they are
+            tree.node = build("prune", cells[GOVERNOR].node, tree.node)
+        logits = text.expand(tree, size)
+        hidden, (again, *carried) = self._follow(text, cells)
+>>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
         text.node = carried[match.position]
-        for drafter, context in zip(program.drafters, contexts, strict=True):
-            drafter.observe(context, text.copy(), tree, logits, Value(hidden), cells)
+        for drafter, context in drafts:
+            if type(drafter).observe is not Drafter.observe:
+                only_if(ask("attend", source=context.source) if measured else None, observe, drafter, context)
         if measured:
             cells[GOVERNOR].node = build("learn", cells[GOVERNOR].node, text.node)
         text.settle()
@@ -399,19 +435,36 @@ class _Loop:
         drafters = self.program.drafters
         return self.program.options.verify == "recursive" and len(drafters) == 1 and drafters[0].samples
 
+<<<<<<< HEAD
     def _follow(self, text: Sequences, cells: Mapping[str, Cell], looks: Mapping[str, Node]) -> list[Node]:
         """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results: whether to go on, the
         hidden state of the last node, the values carried. looks: `Reflection.begin`, nothing without a second look."""
+=======
+    def _follow(self, text: Sequences, cells: Mapping[str, Cell]) -> tuple[Value, list[Node]]:
+        """The inner loop: the plain turn on what the tree computed, while the tree goes on.
+
+        The hidden state of the last node (zeros when no drafter needs it); whether to go on and what is carried, as the last plain
+        turn says.
+        """
+>>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
         match = self.match
         body = match.body
         names = {q.attrs["name"] for q in body.params}
-        nothing = ops.broadcast_to(ops.constant(value=0.0, dtype="f32"), shape=(1, self.program.context.width))
-        carried = {unique("again", names): ops.constant(value=True, dtype="bool"), unique("hidden", names): nothing}
+        wanted = any(d.needs().hidden for d in self.program.drafters)
+        nothing = p.full((1, self.program.context.width), 0.0)
+        carried = {unique("again", names): ops.constant(value=True, dtype="bool")}
+        if wanted:
+            carried[unique("hidden", names)] = nothing.node
         if self.samples:
             carried[unique(Q, names)] = cells[Q].node
+<<<<<<< HEAD
         carried |= {unique(name, names): node for name, node in looks.items()}
         last, hidden, *others = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
         drawn_from, seen = (others, []) if self.samples else ([], others)
+=======
+        last, *more = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
+        drawn_from = more[wanted:]
+>>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
         followed = ops.follow(body.params[match.position], match.token)
 
         def replaced(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -425,16 +478,21 @@ class _Loop:
         next_token = Function("", body.params, {"token": match.token}).inline(*after)[0]
         on = ops.logical_and(again, ops.has_child(after[match.position], next_token))
         names = set(body.result_names)
+<<<<<<< HEAD
         wanted = any(d.needs().hidden for d in self.program.drafters)
         new = {last: again, hidden: ops.get(followed, index=2) if wanted else hidden}
         if seen:
             new[seen[1]] = ops.add(seen[1], ops.constant(value=1, dtype="i32"))
+=======
+        new = {last: again} | ({more[0]: ops.get(followed, index=2)} if wanted else {})
+>>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
         extra = [(unique(q.attrs["name"], names), new.get(q, q)) for q in params]
         pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), *extra]
         init = [text.node if i == match.position else q for i, q in enumerate(body.params)]
         loop = ops.loop(*init, *carried.values(), body=Function("", (*body.params, *params), pairs))
         count = len(body.params)
-        return [ops.get(loop, index=i) for i in (count, count + 1, *range(count))]
+        hidden = Value(ops.get(loop, index=count + 1)) if wanted else nothing
+        return hidden, [ops.get(loop, index=i) for i in (count, *range(count))]
 
     def _chosen(self, inputs: tuple[Node, ...], drawn_from: list[Node]) -> Node:
         """The choice of the next token by the verifier, from the inputs of the plain `select`."""

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stemma.ir import Context, Function, Node, TypeMismatch, World, ops
-from stemma.ir.ops.governor import GovernorValue, seconds
+from stemma.ir import Context, Function, Node, State, TypeMismatch, World, ops
+from stemma.ir.ops.governor import EXPLORE, GovernorValue, seconds
 from stemma.ir.ops.program import SequencesValue, TreeValue
-from stemma.ir.ops.tables import NgramsValue, TrieValue
+from stemma.ir.ops.tables import NgramsValue, RecycledValue, TrieValue
 from tests.machine import reference
-from tests.native_ops import VOCAB, drawn, followed, param, results_of, run_function, started
+from tests.native_ops import VOCAB, Ops, drawn, followed, param, results_of, run_function, started
 
 MODEL = reference(11, VOCAB, 2)
 CONTEXT = Context(None, np.float32, World(models={"model": MODEL}))
@@ -50,17 +50,18 @@ def both(text: list[int], *results: Any) -> None:
 @given(TEXT, st.integers(1, 5), st.integers(1, 8))
 def test_suffix_lookup(text: list[int], longest: int, length: int) -> None:
     last = np.array(text[-1:], np.int32)
-    found = run("suffix_lookup", SequencesValue(MODEL, (tuple(text[:-1]),)), last, longest=longest, length=length).tolist()
+    looked, matched = run("suffix_lookup", SequencesValue(MODEL, (tuple(text[:-1]),)), last, longest=longest, length=length)
+    found = looked.tolist()
     for n in range(min(longest, len(text) - 1), 0, -1):  # the definition, in words of its own
         places = [i for i in range(len(text) - n) if text[i : i + n] == text[-n:]]
         if places:
             endless = list(text)
             while len(endless) < places[-1] + n + length:
                 endless.append(endless[places[-1] + n + len(endless) - len(text)])
-            assert found == endless[places[-1] + n : places[-1] + n + length]
+            assert found == endless[places[-1] + n : places[-1] + n + length] and matched == n
             break
     else:
-        assert found == [-1] * length
+        assert found == [-1] * length and matched == 0
 
     def made(node: Node) -> Node:
         before = ops.slice(node, axis=0, start=0, stop=len(text) - 1)
@@ -123,6 +124,44 @@ def test_a_full_trie_forgets_what_is_rare() -> None:
     assert run("trie_learn", trie, SequencesValue(MODEL, (tuple(text),)), np.int32(len(text)), branch=2) == trie
     with pytest.raises(TypeMismatch, match="capacity"):
         ops.trie_learn(ops.empty_state(kind="trie", args=(3,)), started(param("t", np.zeros(1, np.int32))), scalar(0), branch=4)
+
+
+def test_a_kept_table_is_lent() -> None:
+    """Requests change the kept table in place; one that starts meanwhile begins with a copy, and one that fails gives it back."""
+    text, trie, last = param("text", np.zeros(2, np.int32)), ops.param(name="trie", type=State("trie", (99,))), ints_of("last")
+    learnt = ops.trie_learn(trie, started(text), scalar(0), branch=3)
+    after = ops.get(ops.step(started(text), last), index=0)  # fails for a token out of the vocabulary
+    nodes = ops.tree_nodes(ops.trie_draft(learnt, after, drawn(5, [], 4), branch=3))
+    fake = Ops(Function("f", [text, trie, last], {"tokens": ops.get(nodes, index=1), "trie": learnt}))
+
+    def tokens(id: int) -> list[int]:
+        assert fake.status(id) == 1
+        return [int(t) for t in fake.result(id, "tokens") if t >= 0]
+
+    def begin(*text: int, last: int = 0) -> int:
+        return fake.start("f", text=np.array(text, np.int32), last=np.array([last], np.int32))
+
+    try:
+        begin(5, 6)
+        fake.advance()
+        each = [begin(5, 7), begin(5, 8)]
+        fake.advance()
+        assert [tokens(id) for id in each] == [
+            [5, 6, 7],
+            [5, 6, 8],
+        ]  # a table that is learnt from later does not change an earlier one
+        failed = begin(5, 1, last=70)
+        fake.advance()
+        assert fake.status(failed) == 2 and "vocabulary" in fake.error(failed)
+        again = begin(5, 8)
+        fake.advance()
+        assert tokens(again)[:2] == [5, 8] and 6 in tokens(again)
+    finally:
+        fake.close()
+
+
+def ints_of(name: str) -> Node:
+    return param(name, np.zeros(1, np.int32))
 
 
 # ---- n-grams ----------------------------------------------------------------------------------------------------------
@@ -188,6 +227,64 @@ def test_ngrams_learn_followed_nodes() -> None:
     np.testing.assert_array_equal(native["r0_1"], expected["r0_1"])
 
 
+@pytest.mark.parametrize("k", [1, 8, 16, 17])
+@pytest.mark.parametrize("kind", ["numbers", "equal", "few"])
+def test_likeliest_of_many(kind: str, k: int) -> None:
+    """The k largest of a long row: natively in two passes, with ties to the lower token."""
+    vocab, rng = 1000, np.random.default_rng(k)
+    row = rng.standard_normal((1, vocab)).astype(np.float32)
+    if kind == "equal":
+        row = np.round(row)
+    if kind == "few":
+        row[0, rng.permutation(vocab)[: vocab - 20]] = -np.inf
+    text = np.array([3], np.int32)
+    nodes = [param("text", text), param("row", row)]
+    begun = ops.start(nodes[0], model="model", vocab=vocab, width=2)
+    table = ops.ngrams_learn(ops.empty_state(kind="ngrams", args=(1, k)), begun, nodes[1])
+    before = ops.start(ops.slice(nodes[0], axis=0, start=0, stop=0), model="model", vocab=vocab, width=2)
+    tree = ops.ngrams_draft(table, before, drawn(3, [], k + 1), scalar(0, "f32"), scalar(0, "i64"), scalar(0, "i64"))
+    fake = Ops(Function("f", nodes, results_of(ops.tree_nodes(tree))), vocab=vocab)
+    try:
+        found = fake.run("f", text=text, row=row)[1]["r0_1"].tolist()
+    finally:
+        fake.close()
+    assert found == [3, *np.argsort(-row[0], kind="stable")[:k].tolist()]
+
+
+# ---- recycling --------------------------------------------------------------------------------------------------------
+
+
+def test_recycling() -> None:
+    """What every node computed, followed or not, is drafted after its token; natively as in the reference."""
+    nodes, path, after = [(0, 6, 1.0), (0, 7, 1.0), (2, 8, 1.0)], (5, 7), {"parents": (0, 0, 1, 2), "ranks": (0, 1, 0, 2)}
+    tree = drawn_value(5, 4)
+    for parent, token, score in nodes:
+        tree = tree.add(parent, token, score, 0)[0]
+    text = run("expand", SequencesValue(MODEL, ((1, 2),)), tree, fresh=4)[0]
+    table = run("recycling_learn", RecycledValue(VOCAB, 3), text)
+    assert table.after.keys() == {5, 6, 7, 8}
+    for history in ((1, 2, 5), (1, 2, 5, 6), (1, 2, 5, 7), (1, 2, 5, 7, 8)):
+        logits = MODEL(history)[0]
+        assert [t for t, _ in table.after[history[-1]]] == np.argsort(-logits, kind="stable")[:3].tolist()
+        assert sum(share for _, share in table.after[history[-1]]) == pytest.approx(1)
+    for root in (5, 6, 9):
+        drafted = run("recycling_draft", table, drawn_value(root, 5), **after, source=1)
+        assert (len(drafted.tokens) > 1) == (root != 9)
+        assert {kept_path(drafted, i)[:2] for i in range(1, len(drafted.tokens))} <= {
+            (root, t) for t, _ in table.after.get(root, ())
+        }
+
+        def made(node: Node, root: int = root) -> Node:
+            text = followed(node, drawn(5, nodes, 4), ops.array(values=path), len(path))
+            state = ops.recycling_learn(ops.empty_state(kind="recycling", args=(VOCAB, 3)), text)
+            result: Node = ops.tree_nodes(ops.recycling_draft(state, drawn(root, [], 5), **after, source=1))
+            return result
+
+        both([1, 2], made)
+    with pytest.raises(TypeMismatch, match="a parent before each guess"):
+        ops.recycling_draft(ops.empty_state(kind="recycling", args=(VOCAB, 3)), drawn(5, [], 4), parents=(1,), ranks=(0,))
+
+
 # ---- governor ---------------------------------------------------------------------------------------------------------
 
 NODES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 8), st.sampled_from([1.0, 0.9, 0.5, 0.1, 0.01, 0.0])), max_size=8)
@@ -202,7 +299,7 @@ def grown(nodes: list[tuple[int, int, float]], size: int) -> TreeValue:
 
 def value_of_tree(governor: GovernorValue, tree: TreeValue, nodes: tuple[int, ...]) -> float:
     scores = governor.scores(tree)
-    return (1 + sum(scores[i] for i in nodes)) / seconds(len(nodes) + 1)
+    return sum(scores[i] for i in nodes) - seconds(len(nodes) + 1) / seconds(1)
 
 
 @QUICK
@@ -223,7 +320,7 @@ def test_prune_keeps_the_best_subtree(nodes: list[tuple[int, int, float]], size:
     kept = run("prune", governor, tree)
     assert kept.tokens[0] == 1 and len(kept.tokens) <= size and all(p < i for i, p in enumerate(kept.parents))
     assert {kept_path(kept, i) for i in range(len(kept.tokens))} <= {kept_path(tree, i) for i in range(len(tree.tokens))}
-    if governor.turns % 16 != 15:
+    if governor.turns % EXPLORE != EXPLORE - 1:
         best = max(
             value_of_tree(governor, tree, chosen)
             for n in range(min(len(tree.tokens), size))
@@ -247,6 +344,13 @@ def test_prune_keeps_the_best_subtree(nodes: list[tuple[int, int, float]], size:
 
 def kept_path(tree: TreeValue, node: int) -> tuple[int, ...]:
     return tuple(tree.tokens[i] for i in tree.path(node))
+
+
+def test_a_new_governor_asks_every_drafter() -> None:
+    governor = ops.empty_state(kind="governor", args=(9, 2))
+    both([3], lambda _: ops.ask(governor, drawn(1, [], 20), source=1))
+    with pytest.raises(TypeMismatch, match="has 2 drafters, and was asked for number 2"):
+        ops.attend(governor, source=2)
 
 
 def test_plan_starts_with_whole_trees() -> None:

@@ -221,8 +221,7 @@ def test_kept_values_go_on_from_request_to_request() -> None:
     assert "recycling_table" in module["generate"].result_names
     kept: dict[str, Any] = {}
     first = run(module, "generate", world, kept, prompt=[1], max_new_tokens=30, ignore_eos=True)
-    table = kept["recycling_table"].copy()
-    assert (table > 0).any()
+    assert kept["recycling_table"].after
     assert same(run(module, "generate", world, kept, prompt=[1], max_new_tokens=30, ignore_eos=True), first)
 
 
@@ -234,7 +233,7 @@ def test_the_module_names_both_forms() -> None:
     assert defaults["generate"] == defaults["generate_plain"]
     report = dict(dict(module.properties["speculation"])["generate"])
     assert report["draft"] == "recycling" and report["nodes"] == 9 and report["label"] == "identical"
-    assert dict(report["bytes"])["recycling_table"] == (VOCAB + 1) * 8 * 4
+    assert dict(report["bytes"])["recycling_table"] == VOCAB * min(8, VOCAB) * 8
 
 
 # ---- what cannot be speculated, and why -------------------------------------------------------------------------------

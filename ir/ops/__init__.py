@@ -52,7 +52,7 @@ from stemma.ir.ops.elementwise import (
     tanh,
     where,
 )  # fmt: skip
-from stemma.ir.ops.governor import learn, plan, prune
+from stemma.ir.ops.governor import ask, attend, learn, plan, prune
 from stemma.ir.ops.kernel import load, loop_index, reduce_loop, store
 from stemma.ir.ops.linear import conv, dequantize, embedding, linear, matmul, quantize
 from stemma.ir.ops.program import (
@@ -86,7 +86,16 @@ from stemma.ir.ops.shape import (
     take_along,
     transpose,
 )  # fmt: skip
-from stemma.ir.ops.tables import empty_state, ngrams_draft, ngrams_learn, suffix_lookup, trie_draft, trie_learn
+from stemma.ir.ops.tables import (
+    empty_state,
+    ngrams_draft,
+    ngrams_learn,
+    recycling_draft,
+    recycling_learn,
+    suffix_lookup,
+    trie_draft,
+    trie_learn,
+)
 from stemma.ir.ops.tree import (
     expand,
     follow,
@@ -102,15 +111,16 @@ from stemma.ir.ops.tree import (
 from stemma.ir.ops.verify_draft import select_recursive, select_typical
 
 __all__ = [
-    "OPS", "abs", "add", "advance", "allow", "argmax", "array", "attention", "broadcast_to", "cached_attention",
+    "OPS", "abs", "add", "advance", "allow", "argmax", "array", "ask", "attend", "attention", "broadcast_to", "cached_attention",
     "call", "candidates", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cumsum", "dequantize", "div",
     "embedding", "emit", "emitted", "empty_state", "eq", "erf", "exp", "expand", "feed", "finish", "floor",
     "floordiv", "follow", "followed_path", "fork", "fused", "gated", "ge", "gelu", "get", "gt", "has_child",
     "history", "host", "iota", "is_in", "layer_norm", "le", "learn", "length", "linear", "load", "log", "logical_and",
     "logical_not", "logical_or", "loop", "loop_index", "lt", "matmul", "maximum", "minimum", "mod", "mul", "ne",
     "neg", "ngrams_draft", "ngrams_learn", "node_top_k", "noise", "pad", "param", "plan", "pow", "prune", "quantize",
-    "reciprocal", "reduce_loop", "reduce_max", "reduce_min", "reduce_sum", "reshape", "rms_norm", "rope", "round",
-    "rsqrt", "scatter", "select", "select_recursive", "select_typical", "settle", "sigmoid", "sign", "silu", "sin",
+    "reciprocal", "recycling_draft", "recycling_learn", "reduce_loop", "reduce_max", "reduce_min", "reduce_sum",
+    "reshape", "rms_norm", "rope", "round", "rsqrt", "scatter", "select",
+    "select_recursive", "select_typical", "settle", "sigmoid", "sign", "silu", "sin",
     "size_value", "slice", "softmax", "sqrt", "start", "step", "step_mixed", "store", "sub", "suffix_lookup", "sync",
     "take", "take_along", "tanh", "token_counts", "top_k", "transpose", "tree", "tree_extend", "tree_merge",
     "tree_nodes", "trie_draft", "trie_learn", "weight", "where",

@@ -17,29 +17,36 @@ import numpy as np
 
 from stemma.ir.errors import TypeMismatch
 from stemma.ir.formats import Array
-from stemma.ir.ops.program import I32, ProgramOp, TreeValue, sequences_type, tree_size
+from stemma.ir.ops.program import BOOL, I32, ProgramOp, TreeValue, sequences_type, tree_size
 from stemma.ir.types import State, Type
 
-DEPTHS, BUCKETS, RANKS = 8, 32, 16
-EXPLORE = 16
-"""Every so many turns twice as many nodes stay, so that estimates of those that are left out do not go stale."""
-PLAIN = 64
-"""Every so many turns the root is alone, so that the seconds of a plain call are known."""
+DEPTHS, BUCKETS, RANKS, HALVES = 8, 32, 16, 8
+EXPLORE = 32
+"""Every so many turns one more node stays, so that estimates of those that are left out do not go stale."""
+
+
+def halves(x: float) -> int:
+    """Twice the number of times that x, at most 1/2, is halved from there; 0 .. HALVES - 1."""
+    mantissa, exponent = math.frexp(x)
+    return min(max(-2 * exponent + (mantissa < math.sqrt(0.5)) - 2, 0), HALVES - 1)
 
 
 def bucket(rank: int, score: float) -> int:
-    """The class of a node among those of its depth: its rank when the drafter is certain (score 1), else half powers of two."""
+    """The class of a node among those of its depth: its rank when the drafter is certain (score 1), else half powers of two of what
+    is missing to 1 or, below 1/2, of the score."""
     if score >= 1:
         return min(rank, RANKS - 1)
     if not score > 0:
         return BUCKETS - 1
-    mantissa, exponent = math.frexp(score)
-    return RANKS + min(-2 * exponent + (mantissa < math.sqrt(0.5)), BUCKETS - RANKS - 1)
+    return RANKS + (halves(1 - score) if score >= 0.5 else HALVES + halves(score))
 
 
 def prior(place: int) -> float:
     """The acceptance that is expected of a class before anything was measured: rather too high than too low."""
-    return 0.8 / (1 + place) if place < RANKS else 0.9 * 2.0 ** (-(place - RANKS) / 2)
+    if place < RANKS:
+        return 0.8 / (1 + place)
+    part: float = 2.0 ** (-((place - RANKS) % HALVES + 2) / 2)
+    return 0.9 * (part if place >= RANKS + HALVES else 1 - part)
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,10 @@ def governor_size(type: Type) -> int:
 
 
 class Plan(ProgramOp):
-    """`plan(governor, size=) -> i32()`: how many nodes to draft at most, root included; 1 while speculation does not pay.
+    """`plan(governor, size=) -> i32()`: how many nodes to draft at most, root included.
 
-    The machine compares limits by what turns under them brought and cost, and tries others for a few turns now and then: less
-    often while drafting nothing is best.
+    1: the root alone, and drafters may learn from it. 0: a turn of the plain loop, as no drafter brings what it costs. Drafters are
+    asked again after pauses, which grow up to `LONGEST` turns while they bring too little.
     """
 
     name = "plan"
@@ -104,11 +111,50 @@ class Plan(ProgramOp):
         return np.int32(min(size, governor.size))
 
 
+class Ask(ProgramOp):
+    """`ask(governor, tree, source=) -> bool()`: whether the drafter of that number should add to a tree.
+
+    Measured by drafter and by how certain the tree is of its next token: how much better drafting makes the tree, in expected
+    tokens, against the seconds that it takes.
+    """
+
+    name = "ask"
+
+    def infer(self, governor: State, tree: State, *, source: int) -> Type:
+        _check_source(governor, source)
+        tree_size(tree)
+        return BOOL
+
+    def evaluate(self, ctx: Any, governor: Any, tree: Any, *, source: int) -> Any:
+        return np.bool_(True)
+
+
+class Attend(ProgramOp):
+    """`attend(governor, source=) -> bool()`: whether the drafter of that number should learn from the turn: when it was asked, and
+    every `SPARSELY` turns."""
+
+    name = "attend"
+
+    def infer(self, governor: State, *, source: int) -> Type:
+        _check_source(governor, source)
+        return BOOL
+
+    def evaluate(self, ctx: Any, governor: Any, *, source: int) -> Any:
+        return np.bool_(True)
+
+
+def _check_source(governor: State, source: int) -> None:
+    governor_size(governor)
+    if not 0 <= source < int(governor.args[1]):
+        raise TypeMismatch(f"the governor has {governor.args[1]} drafters, and was asked for number {source}")
+
+
 class Prune(ProgramOp):
-    """`prune(governor, tree) -> tree`: the nodes that are expected to bring the most tokens per second.
+    """`prune(governor, tree) -> tree`: the nodes that are expected to bring more than they cost.
 
     The score of a node is the product of the measured acceptance along its path; the n best nodes stay, for the n with the largest
-    (1 + their scores) / (seconds of a call with n + 1 rows + seconds of drafting). They keep their order, and their parents stay.
+    sum of scores - rate * (seconds of a call with n + 1 rows - those of one row), where rate is the tokens per second that decoding
+    makes at present (here: that plain decoding makes). They keep their order, and their parents stay.
     """
 
     name = "prune"
@@ -121,15 +167,13 @@ class Prune(ProgramOp):
     def evaluate(self, ctx: Any, governor: Any, tree: Any) -> Any:
         scores = governor.scores(tree)
         best = sorted(range(1, len(scores)), key=lambda i: (-scores[i], i))[: governor.size - 1]
-        count, rate, total = 0, 1 / seconds(1), 1.0
+        count, most, total = 0, 0.0, 0.0
         for n, node in enumerate(best, 1):
             total += scores[node]
-            if total / seconds(n + 1) > rate:
-                count, rate = n, total / seconds(n + 1)
+            if total - (seconds(n + 1) / seconds(1) - 1) > most:
+                count, most = n, total - (seconds(n + 1) / seconds(1) - 1)
         if governor.turns % EXPLORE == EXPLORE - 1:
-            count = min(len(best), 2 * count + 2)
-        elif governor.turns % PLAIN == PLAIN // 2:
-            count = 0
+            count = min(len(best), count + 1)
         return subset(tree, sorted(best[:count]))
 
 
@@ -144,7 +188,7 @@ def subset(tree: TreeValue, nodes: list[int]) -> TreeValue:
 
 
 class Learn(ProgramOp):
-    """`learn(governor, sequences of 1) -> governor`: takes in a turn, before `settle` forgets its tree.
+    """`learn(governor, sequences of 1) -> governor`: takes in a turn, before `settle` forgets its tree, if it had one.
 
     The children of followed nodes were tried; the one that was followed next was accepted. Averages are exponential.
     """
@@ -168,4 +212,4 @@ class Learn(ProgramOp):
         return replace(governor, accepted=accepted, tried=tried, turns=governor.turns + 1)
 
 
-plan, prune, learn = Plan(), Prune(), Learn()
+plan, ask, attend, prune, learn = Plan(), Ask(), Attend(), Prune(), Learn()

@@ -4,6 +4,7 @@ Types of the values
     State["trie", capacity]    up to `capacity` nodes: how often each run of tokens was seen (Lookahead, Zhao et al. 2023)
     State["ngrams", order, k]  for up to 65536 contexts of 2 to `order` tokens the `k` likeliest next tokens, with averages of their
                                probabilities (Song et al. 2025, STAND)
+    State["recycling", vocab, k]  of each token the `k` likeliest after it, as computed last (Luo et al. 2024, Token Recycling)
 
 They are values: learning gives a new table. A table that is full halves all its counts and forgets what has none left.
 """
@@ -20,10 +21,10 @@ from stemma.ir.errors import TypeMismatch
 from stemma.ir.ops.choose import gumbel_noise
 from stemma.ir.ops.governor import GovernorValue
 from stemma.ir.ops.program import F32, I32, I64, ProgramOp, expect, sequences_type, tree_size
-from stemma.ir.types import State, Tensor, Type
+from stemma.ir.types import State, Tensor, Tuple, Type
 
 CONTEXTS = 1 << 16
-KINDS = {"trie": 1, "ngrams": 2, "governor": 2}
+KINDS = {"trie": 1, "ngrams": 2, "recycling": 2, "governor": 2}
 """Kinds of states that begin empty, and how many arguments (integers of at least 1) each has."""
 
 
@@ -58,9 +59,18 @@ class NgramsValue:
         return ()
 
 
+@dataclass(frozen=True)
+class RecycledValue:
+    """[(token, share among these)] of the k likeliest tokens after each token, likeliest first."""
+
+    vocab: int
+    k: int
+    after: dict[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+
 def empty(kind: str, args: tuple[int, ...]) -> Any:
     """The reference value of a new state."""
-    return {"trie": TrieValue, "ngrams": NgramsValue, "governor": GovernorValue}[kind](*args)
+    return {"trie": TrieValue, "ngrams": NgramsValue, "recycling": RecycledValue, "governor": GovernorValue}[kind](*args)
 
 
 def state_args(type: Type, kind: str) -> tuple[int, ...]:
@@ -71,8 +81,8 @@ def state_args(type: Type, kind: str) -> tuple[int, ...]:
 
 
 class EmptyState(ProgramOp):
-    """`empty_state(kind=, args=) -> State[kind, *args]`: a new table: "trie" (capacity,), "ngrams" (order, k) or "governor" (size,
-    sources). Persistent parameters of these types begin like this."""
+    """`empty_state(kind=, args=) -> State[kind, *args]`: a new table: "trie" (capacity,), "ngrams" (order, k), "recycling"
+    (vocab, k) or "governor" (size, sources). Persistent parameters of these types begin like this."""
 
     name = "empty_state"
     tags = frozenset({"leaf"})
@@ -87,10 +97,11 @@ class EmptyState(ProgramOp):
 
 
 class SuffixLookup(ProgramOp):
-    """`suffix_lookup(sequences of 1, token i32[1], longest=, length=) -> i32[length]`: prompt lookup (Saxena 2023).
+    """`suffix_lookup(sequences of 1, token i32[1], longest=, length=) -> (i32[length], i32())`: prompt lookup (Saxena 2023).
 
     What followed the most recent earlier occurrence of the longest suffix (at most `longest` tokens) of the text with the token at
-    its end; the text goes on with what was found when the occurrence is near its end. -1 throughout when there is none.
+    its end; the text goes on with what was found when the occurrence is near its end. -1 throughout when there is none. Then the
+    length of that suffix.
     """
 
     name = "suffix_lookup"
@@ -100,7 +111,7 @@ class SuffixLookup(ProgramOp):
         expect(token, Tensor("i32", (1,)), "the token")
         if longest < 1 or length < 1:
             raise TypeMismatch("needs longest >= 1 and length >= 1")
-        return Tensor("i32", (length,))
+        return Tuple((Tensor("i32", (length,)), I32))
 
     def evaluate(self, ctx: Any, sequences: Any, token: Any, *, longest: int, length: int) -> Any:
         text = [*sequences.histories[0], int(token[0])]
@@ -117,7 +128,7 @@ class SuffixLookup(ProgramOp):
             if isinstance(following, tuple):
                 break
             found.append(following)
-        return np.array([*found, *[-1] * (length - len(found))], np.int32)
+        return np.array([*found, *[-1] * (length - len(found))], np.int32), np.int32(best)
 
 
 # ---- trie -------------------------------------------------------------------------------------------------------------
@@ -195,10 +206,11 @@ class TrieDraft(ProgramOp):
 
 
 def likeliest(row: Any, k: int) -> tuple[tuple[int, float], ...]:
-    """The tokens of the k largest logits of a row with their probabilities, f32; ties to the lower token."""
-    p = np.exp(row.astype(np.float64) - row.max())
+    """The tokens of the k largest logits of a row, ties to the lower one, with their shares in the sum of e^logit of these, f32."""
+    best = np.argsort(-row, kind="stable")[:k]
+    p = np.exp((row[best] - row.max()).astype(np.float64)).astype(np.float32).astype(np.float64)
     p = (p / p.sum()).astype(np.float32)
-    return tuple((int(t), float(p[t])) for t in np.argsort(-row, kind="stable")[:k])
+    return tuple((int(t), float(share)) for t, share in zip(best, p, strict=True))
 
 
 class NgramsLearn(ProgramOp):
@@ -206,7 +218,8 @@ class NgramsLearn(ProgramOp):
 
     While a tree is followed, row i of logits is node i's, and the followed nodes are learned, each after its own text; without a
     tree row 0 is that of the whole text. Without logits, those of the followed nodes as they ran. The average of c distributions
-    takes in another with the weight 1 / (c + 1), tokens that one of them lacks count 0, and the k likeliest stay.
+    takes in another with the weight 1 / (c + 1), tokens that one of them lacks count 0, and the k likeliest stay. Of a distribution
+    only the k likeliest tokens are taken, whose probabilities then sum to 1.
     """
 
     name = "ngrams_learn"
@@ -300,6 +313,62 @@ def weighted(
     return [(token, share) for (token, _), share in zip(kept, shares, strict=True)]
 
 
+# ---- recycling --------------------------------------------------------------------------------------------------------
+
+
+class RecyclingLearn(ProgramOp):
+    """`recycling_learn(recycling, sequences of 1) -> recycling`: after each token of the tree that ran, followed or not, what the
+    model found likeliest, with shares in the sum of e^logit over these tokens; of equal tokens the last node counts."""
+
+    name = "recycling_learn"
+
+    def infer(self, recycling: State, sequences: State) -> Type:
+        vocab, k = state_args(recycling, "recycling")
+        _, _, known, _ = sequences_type(sequences, 1)
+        if vocab != known or k > vocab:
+            raise TypeMismatch(f"a table of {k} of {vocab} tokens does not fit a model with {known}")
+        return recycling
+
+    def evaluate(self, ctx: Any, recycling: Any, sequences: Any) -> Any:
+        after = dict(recycling.after)
+        if sequences.tree is not None:
+            tree = sequences.tree
+            for node in range(sequences.ran):
+                path = tuple(tree.tokens[i] for i in tree.path(node))
+                after[tree.tokens[node]] = likeliest(sequences.model((*sequences.base, *path))[0], recycling.k)
+        return RecycledValue(recycling.vocab, recycling.k, after)
+
+
+class RecyclingDraft(ProgramOp):
+    """`recycling_draft(recycling, tree, parents=, ranks=, source=0) -> tree`: adds guesses in the form of a fixed tree.
+
+    Guess i + 1 is the token of rank ranks[i] after guess parents[i], of which 0 is the tree's root; it is left out where its parent
+    is, or where nothing is known. Its score is the token's share.
+    """
+
+    name = "recycling_draft"
+
+    def infer(self, recycling: State, tree: State, *, parents: tuple[int, ...], ranks: tuple[int, ...], source: int = 0) -> Type:
+        _, k = state_args(recycling, "recycling")
+        tree_size(tree)
+        if len(parents) != len(ranks) or not all(0 <= a <= i for i, a in enumerate(parents)) or not all(0 <= r < k for r in ranks):
+            raise TypeMismatch("a fixed tree has a parent before each guess, and a rank of those that the table keeps")
+        return tree
+
+    def evaluate(
+        self, ctx: Any, recycling: Any, tree: Any, *, parents: tuple[int, ...], ranks: tuple[int, ...], source: int
+    ) -> Any:
+        nodes = [0]
+        for parent, rank in zip(parents, ranks, strict=True):
+            known = recycling.after.get(tree.tokens[nodes[parent]], ()) if nodes[parent] >= 0 else ()
+            node = -1
+            if known:
+                tree, node = tree.add(nodes[parent], *known[rank], source)
+            nodes.append(node)
+        return tree
+
+
 empty_state, suffix_lookup = EmptyState(), SuffixLookup()
 trie_learn, trie_draft = TrieLearn(), TrieDraft()
 ngrams_learn, ngrams_draft = NgramsLearn(), NgramsDraft()
+recycling_learn, recycling_draft = RecyclingLearn(), RecyclingDraft()

@@ -13,7 +13,8 @@ from stemma.passes.drafters.base import DraftContext, Drafter, State
 
 @dataclass(frozen=True)
 class PromptLookup(Drafter):
-    """Prompt lookup decoding (Saxena 2023): a chain of what followed the latest earlier occurrence of the longest suffix.
+    """Prompt lookup decoding (Saxena 2023): a chain of what followed the latest earlier occurrence of the longest suffix,
+    the more certain the longer that is.
 
     longest: tokens of a suffix at most. length: of the chain. Keeps nothing.
     """
@@ -24,5 +25,7 @@ class PromptLookup(Drafter):
 
     def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
         length = min(self.length, context.size - 1)
-        found = Value(build("suffix_lookup", text.node, token.node, longest=self.longest, length=length))
-        context.extend(tree, p.arange(length), found, p.full(length, 1.0))
+        looked = build("suffix_lookup", text.node, token.node, longest=self.longest, length=length)
+        found, matched = Value(build("get", looked, index=0)), Value(build("get", looked, index=1))
+        certain = p.array([1.0 - 0.5**n for n in range(self.longest + 1)], "f32")[matched]
+        context.extend(tree, p.arange(length), found, certain.broadcast_to(length))

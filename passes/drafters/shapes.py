@@ -36,6 +36,18 @@ def chance(path: tuple[int, ...]) -> float:
     return math.prod(RANKS[min(rank, len(RANKS) - 1)] for rank in path)
 
 
+def in_order(levels: tuple[Level, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The nodes of a tree by falling chance: number of the parent (0: the root; the first node is 1), and rank."""
+    paths: list[tuple[int, ...]] = []
+    before: list[tuple[int, ...]] = [()]
+    for level in levels:
+        before = [(*before[place], rank) for place, rank in level]
+        paths += before
+    paths.sort(key=lambda path: (-chance(path), path))
+    numbers = {(): 0} | {path: i for i, path in enumerate(paths, 1)}
+    return tuple(numbers[path[:-1]] for path in paths), tuple(path[-1] for path in paths)
+
+
 def _levels(paths: list[tuple[int, ...]]) -> tuple[Level, ...]:
     """The levels of a tree from the paths of its nodes."""
     found: list[Level] = []

@@ -294,7 +294,7 @@ struct Sequences : Object {      // State["sequences", ...]
   std::vector<int32_t> node_slots;              // of each such node; -1: it was not run, as it lies beyond the context
   std::vector<Value> node_logits, node_hidden;  // of each such node: views f32[vocab], f32[width]
   std::vector<int32_t> visited;                 // nodes followed, root first; `each[0].tokens` includes their tokens
-  int64_t expand_rows = 0, expand_batch = 0;    // of the last `expand`, run in one call: its rows, the call's; 0: not known
+  int64_t expand_rows = 0, expand_batch = 0;    // of the last `expand` or `step` in one call: its rows, the call's; 0: not known
   double expand_seconds = 0;                    // of that call
   std::vector<TableRow> tree_rows;              // table rows of the paths to the tree's second, third, ... leaf
   Sequences() {}

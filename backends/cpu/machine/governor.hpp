@@ -1,9 +1,10 @@
 // What speculation costs and gains, as in ir/ops/governor.py: how often drafted tokens are accepted, how long turns take.
 //
-// glossary  arm     a limit on the nodes of a tree, root included (1: nothing is drafted), with what turns under it brought and cost
-//           turn    one call of the model with all that belongs to it: drafting, choosing, learning
-//           others  how many times the governor's rows a call had: requests that are decoded together pay for each other's nodes
-//           curve   seconds of a call by its rows
+// glossary  turn     one call of the model with all that belongs to it: drafting, choosing, learning
+//           class    how certain a tree is of the token after its root, in CLASSES steps
+//           gain     expected tokens of a tree less what its nodes cost, in tokens at the present rate; of a tree without nodes 0
+//           speed    how long calls take now, over what the curve says: machines have fast and slow times
+//           others   how many times the governor's rows a call had: requests that are decoded together pay for each other's nodes
 #pragma once
 #include "reals.hpp"
 #include "trees.hpp"
@@ -11,41 +12,99 @@
 namespace stemma {
 namespace governor {
 
-constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16;
-constexpr int64_t LIMITS[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256};
-constexpr size_t ARMS = sizeof LIMITS / sizeof *LIMITS;
-constexpr int64_t FIRST[] = {3, 1, 6, 3, 1, 2, 6, 1, 4, 3};  // what the first turns try
-constexpr int64_t FIRSTS = sizeof FIRST / sizeof *FIRST;
-constexpr int64_t EXPLORE = 16, BURST = 3, PAUSE = 12, LONGEST_PAUSE = 256, MEMORY = 16, SHORT = 5, ROWS = 512;
-constexpr double TRYING = 0.03;  // the share of time that trying other arms may cost
+constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16, HALVES = 8;
+constexpr size_t CLASSES = 4;
+constexpr int64_t EXPLORE = 32, SPARSELY = 16, PLAIN_FIRST = 4, ROWS = 512;
+constexpr int64_t TRIAL = 4, PAUSE = 16, LONGEST = 512;  // turns in which a drafter is asked again; turns between them
+constexpr double PATIENCE = 0.8;  // a drafter is asked until it brings less than this share of its cost
 
+inline int halves(double x) {
+  int exponent;
+  const double mantissa = frexp(x, &exponent);
+  return std::clamp(-2 * exponent + (mantissa < 0.70710678118654752440) - 2, 0, HALVES - 1);
+}
 inline int bucket(int32_t rank, float score) {
   if (score >= 1) return std::min(rank, RANKS - 1);
   if (!(score > 0)) return BUCKETS - 1;
-  int exponent;
-  const double mantissa = frexp((double)score, &exponent);
-  return RANKS + std::min(-2 * exponent + (mantissa < 0.70710678118654752440), BUCKETS - RANKS - 1);
+  return RANKS + (score >= 0.5f ? halves(1 - (double)score) : HALVES + halves((double)score));
 }
-inline double prior(int place) { return place < RANKS ? 0.8 / (1 + place)
-    : 0.9 * real_exp(-0.34657359027997265471 * (place - RANKS)); }
+inline double prior(int place) {
+  if (place < RANKS) return 0.8 / (1 + place);
+  const double part = real_exp(-0.34657359027997265471 * ((place - RANKS) % HALVES + 2));
+  return 0.9 * (place >= RANKS + HALVES ? part : 1 - part);
+}
 inline void mix(double& average, double value, double weight) { average += (value - average) * weight; }
 
+// Seconds of a call by its rows.
+struct Curve {
+  std::vector<double> measured = std::vector<double>(ROWS + 1);  // averages; 0: never
+  std::vector<int32_t> times = std::vector<int32_t>(ROWS + 1);
+  int64_t last = 0;                                               // the most rows that were measured
+  mutable std::vector<double> drawn;                              // anew when it is asked for
+  mutable bool changed = false;
+  double at(double rows) const {
+    if (changed) draw();
+    if (!last) return 1 + rows / 16;
+    const int64_t low = (int64_t)rows;
+    if (low >= last) return drawn[(size_t)last] + slope() * (rows - (double)last);
+    return drawn[(size_t)low] + (drawn[(size_t)low + 1] - drawn[(size_t)low]) * (rows - (double)low);
+  }
+  double slope() const {  // after the last measurement; cheap when little is known, so that larger calls are tried
+    int64_t first = 1;
+    while (first < last && !times[(size_t)first]) ++first;
+    return last > first ? (drawn[(size_t)last] - drawn[(size_t)first]) / (double)(last - first) / 2 : drawn[(size_t)last] / 50;
+  }
+  void take(int64_t rows, double took) {
+    double& average = measured[(size_t)rows];
+    int32_t& n = times[(size_t)rows];
+    // The first ones may have been slow for another reason: the least counts. Later, what is far off counts as a little off.
+    if (n < 4) average = n ? std::min(average, took) : took;
+    else mix(average, std::min(took, 1.5 * average), 1.0 / std::min(n, 32));
+    ++n;
+    last = std::max(last, rows);
+    changed = true;
+  }
+  // Never falling: the middle between the largest before and the smallest after; straight between what was measured.
+  void draw() const {
+    changed = false;
+    drawn.assign((size_t)last + 1, 0.0);
+    double most = 0, least = HUGE_VAL;
+    for (int64_t r = 1; r <= last; ++r)
+      if (times[(size_t)r]) drawn[(size_t)r] = most = std::max(most, measured[(size_t)r]);
+    int64_t next = last;
+    for (int64_t r = last; r >= 0; --r) {
+      if (r && times[(size_t)r]) {
+        least = std::min(least, measured[(size_t)r]);
+        drawn[(size_t)r] = (drawn[(size_t)r] + least) / 2;
+        next = r;
+        continue;
+      }
+      int64_t before = r;
+      while (before > 0 && !times[(size_t)before]) --before;
+      // What lies before a row was not yet lowered to the middle; that is near enough.
+      drawn[(size_t)r] = !before ? drawn[(size_t)next] : drawn[(size_t)before] + (drawn[(size_t)next] - drawn[(size_t)before])
+          * (double)(r - before) / (double)(next - before);
+    }
+  }
+};
+
+struct Drafting {  // one drafter at trees of one class
+  double gain = 0, seconds = 0;
+  int64_t asked = 0;            // in all; in this trial, when there is one
+  int64_t rest = 0, pause = 0;  // turns until it is asked again; the length of that pause, 0 while it is asked always
+};
+
 struct Governor : Object {
-  int64_t size, sources, turns = 0;
+  int64_t size, sources, turns = 0, timed = 0;
   std::vector<double> accepted;
   std::vector<int64_t> trials;
-  struct Arm { double tokens = 0, seconds = 0; int64_t turns = 0; };  // exponential averages per turn
-  Arm arms[ARMS];
-  int64_t timed = 0, next = FIRSTS;  // turns with a measured time; the first of BURST that try another arm
-  int64_t tried = 0;                 // how often BURST turns did
-  double wasted = 0;                 // seconds that those cost more than the best arm
-  double others = 1, outside = 0;              // averages; outside: seconds of a turn that are not the model's
-  // Seconds by rows (measured: 0 when never).
-  std::vector<double> measured = std::vector<double>(ROWS + 1);
-  mutable std::vector<double> curve;  // drawn anew when it is asked for
-  mutable bool redraw = false;
-  std::vector<int32_t> measurements = std::vector<int32_t>(ROWS + 1);
-  Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * BUCKETS)), trials(accepted.size()) {
+  std::vector<Drafting> drafting;  // [sources, CLASSES]
+  Curve curve;
+  double tokens = 0, seconds = 0;     // averages per turn
+  double plain = 0, handling = 0;     // seconds outside of the model: of a plain token; what a tree adds to that, without drafting
+  double speed = 1, others = 1;
+  Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * BUCKETS)), trials(accepted.size()),
+      drafting((size_t)k * CLASSES) {
     for (size_t i = 0; i < accepted.size(); ++i) accepted[i] = prior((int)(i % BUCKETS));
   }
   Object* clone() const override { return new Governor(*this); }
@@ -55,120 +114,164 @@ struct Governor : Object {
         DEPTHS) - 1;
     return (size_t)((source * DEPTHS + depth) * BUCKETS + bucket(t.ranks[node], t.scores[node]));
   }
-  std::vector<double> scores(const Tree& t) const {
-    std::vector<double> found(1, 1.0);
+  double cost(int64_t rows) const { return curve.at(std::max((double)rows * others, 1.0)); }
+  double rate() const { return tokens > 0 ? tokens / seconds : 1 / cost(1); }
+
+  // The chance that each node is reached; the root is.
+  void scores(const Tree& t, std::vector<double>& found) const {
+    found.assign(1, 1.0);
     for (size_t i = 1; i < t.tokens.size(); ++i) found.push_back(found[(size_t)t.parents[i]] * accepted[place(t, i)]);
+  }
+  std::vector<double> scores(const Tree& t) const {
+    std::vector<double> found;
+    scores(t, found);
     return found;
   }
-  // Seconds of a call in which this tree has that many rows.
-  double cost(int64_t rows) const {
-    if (redraw) draw();
-    if (curve.empty()) return 1 + (double)rows / 16;
-    const double at = std::max((double)rows * others, 1.0);
-    const int64_t low = (int64_t)at;
-    if (low >= ROWS) return curve[ROWS] * at / ROWS;
-    return curve[(size_t)low] + (curve[(size_t)low + 1] - curve[(size_t)low]) * (at - (double)low);
-  }
-  void measure(int64_t rows, double took) {
-    if (rows < 1 || rows > ROWS) return;
-    double& average = measured[(size_t)rows];
-    int32_t& n = measurements[(size_t)rows];
-    if (n < 16) ++n;
-    mix(average, took, 1.0 / n);
-    redraw = true;
-  }
-  void draw() const {
-    redraw = false;
-    // Never falling: the middle between the largest before and the smallest after; straight between what was measured.
-    curve.assign(ROWS + 1, 0.0);
-    double most = 0, least = HUGE_VAL;
-    for (int64_t r = 1; r <= ROWS; ++r)
-      if (measured[(size_t)r] > 0) curve[(size_t)r] = most = std::max(most, measured[(size_t)r]);
-    int64_t first = 0, last = 0;
-    for (int64_t r = ROWS; r > 0; --r) {
-      if (!(measured[(size_t)r] > 0)) continue;
-      least = std::min(least, measured[(size_t)r]);
-      curve[(size_t)r] = (curve[(size_t)r] + least) / 2;
-      first = r;
-      last = std::max(last, r);
+  // The nodes that bring more than they cost, in `best`, and how much more, in tokens.
+  double choose(const Tree& t, std::vector<int32_t>& best) const {
+    static thread_local std::vector<double> scores;
+    this->scores(t, scores);
+    best.clear();
+    for (int32_t i = 1; i < (int32_t)t.count(); ++i) best.push_back(i);
+    std::sort(best.begin(), best.end(), [&](int32_t a, int32_t b) {
+      return scores[(size_t)a] != scores[(size_t)b] ? scores[(size_t)a] > scores[(size_t)b] : a < b;
+    });
+    if ((int64_t)best.size() > size - 1) best.resize((size_t)(size - 1));
+    const double per_second = rate(), one = cost(1);
+    size_t count = 0;
+    double most = 0, total = 0;
+    for (size_t i = 0; i < best.size(); ++i) {
+      total += scores[(size_t)best[i]];
+      const double now = total - per_second * (cost((int64_t)i + 2) - one);
+      if (now > most) count = i + 1, most = now;
     }
-    for (int64_t r = 0; r < first; ++r) curve[(size_t)r] = curve[(size_t)first];
-    for (int64_t a = first, b = first + 1; b <= last; ++b) {
-      if (!(measured[(size_t)b] > 0)) continue;
-      for (int64_t r = a + 1; r < b; ++r)
-        curve[(size_t)r] = curve[(size_t)a] + (curve[(size_t)b] - curve[(size_t)a]) * (double)(r - a) / (double)(b - a);
-      a = b;
+    if (turns % EXPLORE == EXPLORE - 1) count = std::min(best.size(), count + 1);
+    best.resize(count);
+    return most;
+  }
+  size_t class_of(const Tree& t) const {
+    double next = 0;
+    for (size_t i = 1; i < t.tokens.size(); ++i)
+      if (!t.parents[i]) next += accepted[place(t, i)];
+    return std::min((size_t)(next * CLASSES), CLASSES - 1);
+  }
+  // One more answer to a question whether the drafter pays.
+  void answered(Drafting& d, double gain, double took, bool first) {
+    const double weight = 1.0 / (double)std::min<int64_t>(++d.asked, 32);
+    mix(d.seconds, d.asked > 2 ? std::min(took, 3 * d.seconds) : took, weight), mix(d.gain, gain, weight);
+    const double cost = rate() * (d.seconds + (first ? handling : 0));
+    if (d.pause) {
+      if (d.asked < TRIAL) return;
+      d.pause = d.gain > cost ? 0 : std::min(2 * d.pause, LONGEST);
+    } else if (d.asked >= PAUSE && d.gain < PATIENCE * cost) {
+      d.pause = PAUSE;
     }
-    const double slope = last > first ? (curve[(size_t)last] - curve[(size_t)first]) / (double)(last - first)
-        : curve[(size_t)last] / 50;
-    for (int64_t r = last + 1; r <= ROWS; ++r) curve[(size_t)r] = curve[(size_t)last] + slope * (double)(r - last);
-  }
-  double rate(size_t arm) const { return arms[arm].turns ? arms[arm].tokens / arms[arm].seconds : 0; }
-  size_t last_arm(int64_t most) const {
-    size_t arm = 0;
-    while (arm + 1 < ARMS && LIMITS[arm + 1] <= most) ++arm;
-    return arm;
-  }
-  size_t best(size_t last) const {
-    size_t found = 0;
-    for (size_t i = 1; i <= last; ++i)
-      if (rate(i) > rate(found)) found = i;
-    return found;
-  }
-  // The arm of the next turn: the best one, now and then a neighbour, another, or none at all.
-  size_t choose(size_t last) const {
-    if (timed < FIRSTS) return last_arm(std::min(FIRST[timed], LIMITS[last]));
-    const size_t now = best(last);
-    if (timed < next) return now;
-    switch (tried % 4) {
-      case 0: return now < last ? now + 1 : now ? now - 1 : 0;
-      case 1: return now > 0 ? now - 1 : std::min<size_t>(2, last);
-      case 2: return 0;
-      default: return (size_t)(tried / 4) % (last + 1);
-    }
+    d.rest = d.pause;
+    if (d.pause) d.asked = 0;
   }
 };
+
+// What is asked of an instance's drafters in a turn is noted in `asked`; the last one drafts until `closed`.
+inline void close(Instance& instance, const Governor& g, const Tree& tree, std::vector<int32_t>& best) {
+  const double gain = g.choose(tree, best);
+  for (Asked& last : instance.asked) {
+    if (!last.open) continue;
+    last.open = false;
+    last.seconds += instance.busy_now() - last.since;
+    last.gain = gain - last.gain;
+  }
+}
 
 inline bool op_plan(Call& call) {
   const Governor& g = state_of<Governor>(call.in[0]);
   const int64_t most = std::max<int64_t>(std::min(call.size(0), g.size), 1);
-  const size_t last = g.last_arm(most), arm = g.choose(last);
+  call.instance.asked.clear();
   call.out[0] = tensor(I32, {});
-  *call.out[0].i32() = (int32_t)(!g.turns ? most : arm == last && LIMITS[arm] * 2 > most ? most : LIMITS[arm]);
+  int64_t wanted = !g.turns;
+  for (int64_t s = 0; s < g.sources; ++s) wanted |= g.drafting[(size_t)s * CLASSES].rest <= 0;
+  if (g.turns && g.turns <= PLAIN_FIRST) wanted = 0;
+  *call.out[0].i32() = (int32_t)(wanted ? most : g.turns % SPARSELY == SPARSELY - 1 ? 1 : 0);
+  return true;
+}
+inline bool op_ask(Call& call) {
+  const Governor& g = state_of<Governor>(call.in[0]);
+  const Tree& tree = state_of<Tree>(call.in[1]);
+  Instance& instance = call.instance;
+  Asked asked;
+  asked.source = std::clamp<int64_t>(call.integer(0), 0, g.sources - 1);
+  if (tree.count() > 1) {
+    static thread_local std::vector<int32_t> best;
+    close(instance, g, tree, best);
+    asked.level = (int32_t)g.class_of(tree);
+    asked.gain = g.choose(tree, best);
+  }
+  for (const Asked& other : instance.asked) asked.first &= !other.drafted;
+  asked.drafted = asked.open = tree.limit > g.sources && g.drafting[(size_t)asked.source * CLASSES + (size_t)asked.level].rest <= 0;
+  asked.since = instance.busy_now();
+  instance.asked.push_back(asked);
+  Value v = tensor(BOOL, {});
+  *v.flags() = asked.drafted;
+  call.out[0] = std::move(v);
+  return true;
+}
+inline bool op_attend(Call& call) {
+  const Governor& g = state_of<Governor>(call.in[0]);
+  Instance& instance = call.instance;
+  bool wanted = g.turns % SPARSELY == SPARSELY - 1;
+  const double now = instance.busy_now();
+  for (Asked& each : instance.asked) {
+    if (each.open) each.seconds += now - each.since;
+    each.open = each.source == call.integer(0) && each.drafted;
+    each.since = now;
+    wanted |= each.open;
+  }
+  Value v = tensor(BOOL, {});
+  *v.flags() = wanted;
+  call.out[0] = std::move(v);
   return true;
 }
 inline bool op_prune(Call& call) {
   const Governor& g = state_of<Governor>(call.in[0]);
   const Tree& t = state_of<Tree>(call.in[1]);
-  const std::vector<double> scores = g.scores(t);
-  std::vector<int32_t> best;
-  for (int32_t i = 1; i < (int32_t)t.count(); ++i) best.push_back(i);
-  std::stable_sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return scores[(size_t)a] > scores[(size_t)b]; });
-  const int64_t room = std::min(g.size, std::max<int64_t>(t.limit / g.sources, 1)) - 1;  // drafters together keep what one may
-  if ((int64_t)best.size() > room) best.resize((size_t)room);
-  size_t count = 0;
-  double most = 1 / (g.cost(1) + g.outside), total = 1;
-  for (size_t n = 1; n <= best.size(); ++n) {
-    total += scores[(size_t)best[n - 1]];
-    const double now = total / (g.cost((int64_t)n + 1) + g.outside);
-    if (now > most) count = n, most = now;
-  }
-  if (!g.timed && g.turns % EXPLORE == EXPLORE - 1) count = std::min(best.size(), 2 * count + 2);
-  if (g.timed && g.timed < FIRSTS) count = best.size();  // costs are not known yet
-  best.resize(count);
+  static thread_local std::vector<int32_t> best, place;
+  close(call.instance, g, t, best);
   std::sort(best.begin(), best.end());
   Tree* kept = new Tree;
   call.out[0] = state_value(kept);
   kept->size = t.size, kept->limit = t.limit;
-  std::vector<int32_t> place((size_t)t.count(), 0);
+  place.assign((size_t)t.count(), 0);
   best.insert(best.begin(), 0);
+  for (auto* column : {&kept->tokens, &kept->parents, &kept->sources, &kept->ranks, &kept->depths}) column->reserve(best.size());
   for (int32_t i : best) {
     const size_t at = (size_t)i;
     place[at] = (int32_t)kept->tokens.size();
-    kept->tokens.push_back(t.tokens[at]), kept->parents.push_back(i ? place[(size_t)t.parents[at]] : -1), kept->scores.push_back(t.scores[at]);
+    kept->tokens.push_back(t.tokens[at]), kept->parents.push_back(i ? place[(size_t)t.parents[at]] : -1);
+    kept->scores.push_back(t.scores[at]);
     kept->sources.push_back(t.sources[at]), kept->ranks.push_back(t.ranks[at]), kept->depths.push_back(t.depths[at]);
   }
   return true;
+}
+// A turn lasts from one `learn` of the instance to the next; one that took in a prompt says nothing of the others.
+inline void take_time(Governor& g, Instance& instance, const Sequences& s) {
+  const double now = instance.busy_now(), since = instance.learned;
+  instance.learned = now;
+  double drafting = 0;
+  for (Asked& each : instance.asked) {
+    if (each.open) each.seconds += now - each.since;
+    drafting += each.seconds;
+  }
+  const int64_t rows = s.expand_batch, own = s.tree ? s.ran : 1, tokens = s.tree ? (int64_t)s.visited.size() : 1;
+  if (rows < 1 || rows > ROWS || s.expand_rows != own || since < 0) return;
+  const double count = (double)tokens, known = g.curve.last ? g.curve.at((double)rows) : 0;
+  if (g.timed >= PLAIN_FIRST) mix(g.speed, std::clamp(s.expand_seconds / known, 0.5 * g.speed, 2 * g.speed), 1.0 / 16);
+  g.curve.take(rows, s.expand_seconds / g.speed);
+  mix(g.others, std::max((double)rows / (double)own, 1.0), g.timed ? 0.125 : 1.0);
+  const double outside = (now - since) / g.speed;
+  if (!s.tree) mix(g.plain, g.plain > 0 ? std::min(outside, 3 * g.plain) : outside, 1.0 / 16);
+  else if (drafting > 0) mix(g.handling, std::clamp(outside - drafting / g.speed - count * g.plain, 0.0, g.cost(1)), 1.0 / 16);
+  const double weight = 1.0 / (double)std::min<int64_t>(++g.timed, 64);
+  mix(g.tokens, count, weight);
+  mix(g.seconds, g.cost(own) + std::min(outside, g.cost(1) + 3 * (g.plain + g.handling)), weight);
 }
 inline bool op_learn(Call& call) {
   const Sequences& s = state_of<Sequences>(call.in[1]);
@@ -182,29 +285,16 @@ inline bool op_learn(Call& call) {
       ++g.trials[at];
     }
   }
-  // A turn lasts from one `learn` of the instance to the next; one that took in a prompt says nothing of the others.
-  const double now = call.instance.busy_now(), since = call.instance.learned;
-  call.instance.learned = now;
-  if (s.tree && s.expand_batch > 0 && s.expand_rows == s.ran && since >= 0) {
-    const double share = (double)s.expand_rows / (double)s.expand_batch;
-    double seconds = s.expand_seconds * share + (now - since);
-    mix(g.others, std::max(1 / share, 1.0), g.timed ? 0.125 : 1.0);
-    g.measure(s.expand_batch, s.expand_seconds);
-    const size_t arm = g.last_arm(s.tree->limit > 1 ? std::max<int64_t>(s.tree->limit / g.sources, 1) : 1);
-    Governor::Arm& a = g.arms[arm];
-    if (a.turns >= 2) seconds = std::min(seconds, 3 * a.seconds);  // the machine did something else meanwhile
-    // What was tried long ago counts little: drafters learn, and the machine's speed changes.
-    const double weight = 1.0 / (double)std::min<int64_t>(++a.turns, arm == g.best(ARMS - 1) ? MEMORY : SHORT);
-    mix(a.tokens, (double)s.visited.size(), weight), mix(a.seconds, seconds, weight);
-    if (arm) mix(g.outside, now - since, g.outside > 0 ? 0.125 : 1.0);
-    const size_t best = g.best(ARMS - 1);
-    if (g.timed >= g.next) g.wasted += std::max(seconds - (double)s.visited.size() / g.rate(best), 0.0);
-    if (g.timed >= g.next + BURST - 1) {
-      g.next = g.timed + std::clamp((int64_t)(g.wasted / (TRYING * g.arms[best].seconds)), PAUSE, LONGEST_PAUSE);
-      g.wasted = 0, ++g.tried;
-    }
-    ++g.timed;
+  Instance& instance = call.instance;
+  take_time(g, instance, s);
+  for (const Asked& each : instance.asked) {
+    Drafting& d = g.drafting[(size_t)each.source * CLASSES + (size_t)each.level];
+    if (!each.drafted) --d.rest;
+    else if (g.timed > PLAIN_FIRST) g.answered(d, each.gain, each.seconds / g.speed, each.first);
   }
+  if (instance.asked.empty() && g.turns > PLAIN_FIRST)
+    for (int64_t i = 0; i < g.sources; ++i) --g.drafting[(size_t)i * CLASSES].rest;
+  instance.asked.clear();
   ++g.turns;
   call.out[0] = std::move(call.in[0]);
   return true;
@@ -213,9 +303,8 @@ inline bool op_learn(Call& call) {
 }  // namespace governor
 
 inline const OperationEntry GOVERNOR_OPERATIONS[] = {
-    {"plan", governor::op_plan, 1, 1, 1},
-    {"prune", governor::op_prune, 2, 1, 0},
-    {"learn", governor::op_learn, 2, 1, 0},
+    {"plan", governor::op_plan, 1, 1, 1},   {"ask", governor::op_ask, 2, 1, 1},     {"attend", governor::op_attend, 1, 1, 1},
+    {"prune", governor::op_prune, 2, 1, 0}, {"learn", governor::op_learn, 2, 1, 0},
 };
 inline const StateEntry GOVERNOR_STATES[] = {
     {"governor", [](const std::vector<int64_t>& a) -> Object* {

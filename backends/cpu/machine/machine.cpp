@@ -132,7 +132,7 @@ STEMMA_API int32_t stemma_machine_result(void* machine, int64_t id, const char* 
   }
   return 1;
 }
-STEMMA_API void stemma_machine_release(void* machine, int64_t id) { ((Machine*)machine)->instances.erase(id); }
+STEMMA_API void stemma_machine_release(void* machine, int64_t id) { ((Machine*)machine)->release(id); }
 STEMMA_API int64_t stemma_machine_statistics(void* machine, int64_t id, double* out, int64_t room) {
   const Machine& m = *(Machine*)machine;
   const Instance* instance = id < 0 ? nullptr : find_instance(machine, id);

@@ -8,56 +8,9 @@
 #include <memory>
 
 #include "api.hpp"
-#include "model.hpp"
+#include "instance.hpp"
 
 namespace stemma {
-
-struct Frame {
-  const Block* block = nullptr;
-  size_t next = 0;  // instruction
-  std::vector<Value> registers;
-};
-struct Usage {  // of one model
-  int64_t calls = 0, rows = 0, outputs = 0;
-  double seconds = 0;
-};
-struct Statistics {
-  double seconds = 0, drafting = 0;
-  int64_t emitted = 0, trees = 0, nodes = 0, followed = 0;
-  std::vector<Usage> models;
-};
-enum class Waits : int32_t { NOTHING, ROOM, MODEL, HOST };
-enum class Status : int32_t { RUNNING, FINISHED, FAILED, HOST };
-
-struct Instance {
-  int64_t id = 0;
-  const Program* program = nullptr;
-  Status status = Status::RUNNING;
-  Waits waits = Waits::NOTHING;
-  std::string error;
-  std::vector<int64_t> dims;
-  std::vector<int32_t> tokens;  // emitted
-  std::vector<Value> results;
-  // The instruction being run: `gathered` inputs stay while it waits; `stage` counts what it has done.
-  bool gathered = false;
-  int32_t stage = 0;
-  std::vector<Value> in, out, moved;
-  std::vector<std::unique_ptr<Frame>> frames;
-  size_t depth = 0;
-  Request request;
-  int64_t room = 0;  // slots that it waits for
-  const std::string* host_name = nullptr;  // of the Python function that it waits for
-  const Attribute* host_type = nullptr;
-  Value reply;
-  int64_t turns = 0;           // of loops, without a model call, an emitted token or a host call in between
-  double drafting_since = -1;  // value of `busy` at the last `plan`
-  double learned = -1;         // and at the last `learn`
-  double busy = 0;             // seconds, calls of model 0 left out; without those since `resumed`
-  int64_t resumed = 0;         // when it was last run
-  Statistics statistics;
-  double busy_now() const { return busy + (double)(now_nanoseconds() - resumed) * 1e-9; }
-  ~Instance() { if (request.model) request.model->unpin(request); }
-};
 
 struct Machine {
   static constexpr int64_t MAX_TURNS = 1 << 20;
@@ -169,10 +122,21 @@ struct Machine {
         frame.registers[(size_t)program->main.parameters[k]] = std::move(values[k]);
       }
     } catch (...) {
-      instances.erase(instance.id);
+      release(instance.id);
       throw;
     }
     return instance;
+  }
+  void release(int64_t id) {
+    const auto found = instances.find(id);
+    if (found == instances.end()) return;
+    take_back(*found->second);
+    instances.erase(found);
+  }
+  void take_back(Instance& instance) {
+    for (const auto& [number, object] : instance.lent)
+      if (const Value* v = instance.lent_value(number)) kept.insert({{instance.program, number}, *v});
+    instance.lent.clear();
   }
   static Value given(Instance& instance, const Parameter& p, const StemmaTensor& t) {
     Value v;
@@ -192,9 +156,19 @@ struct Machine {
     if (v.bytes()) memcpy(v.storage->data, t.data, (size_t)v.bytes());
     return v;
   }
-  // The default, the value kept from the last run, or zeros or an empty state for the first run.
-  Value initial(const Instance& instance, const Parameter& p, int32_t number) const {
-    if (const auto found = kept.find({instance.program, number}); found != kept.end()) return found->second;
+  // The default, the value kept from the last run, or zeros or an empty state for the first run. A state is lent, so that it is
+  // changed without a copy; while an instance has it, others begin with a copy of what it is now.
+  Value initial(Instance& instance, const Parameter& p, int32_t number) {
+    if (const auto found = kept.find({instance.program, number}); found != kept.end()) {
+      if (p.type.dtype != STATE) return found->second;
+      const Value v = std::move(found->second);
+      kept.erase(found);
+      instance.lent.emplace_back(number, v.state.p);
+      return v;
+    }
+    for (const auto& [id, other] : instances)
+      if (other->program == instance.program)
+        if (const Value* v = other->lent_value(number)) return state_value(v->state->clone());
     if (p.type.dtype == STATE) return state_value(p.kind == "output" ? new Output : make_state(p.kind, p.arguments));
     if (!p.given && p.kept < 0) fail("The program '%s' needs the input '%s'.", instance.program->name.c_str(), p.name.c_str());
     Value v;
@@ -320,6 +294,7 @@ struct Machine {
       for (size_t i = 0; i < instance.program->parameters.size(); ++i)
         if (const int32_t result = instance.program->parameters[i].kept; result >= 0)
           kept[{instance.program, (int32_t)i}] = moved[(size_t)result];
+      for (Value& v : moved) v.state = Ref<Object>();
       instance.results = std::move(moved);
       end(instance, Status::FINISHED, "");
       return false;
@@ -345,6 +320,7 @@ struct Machine {
   }
   void end(Instance& instance, Status status, const std::string& error) {
     if (instance.request.model) instance.request.model->unpin(instance.request);
+    take_back(instance);
     instance.status = status;
     instance.error = error;
     instance.waits = Waits::NOTHING;

@@ -159,6 +159,7 @@ template <class Used> Value spread(const Value& rows, size_t count, Used used) {
 template <class Used> void give_outputs(Call& call, Sequences& s, Used used) {
   Request& request = call.instance.request;
   const size_t n = s.each.size();
+  s.expand_rows = (int64_t)request.rows.size(), s.expand_batch = request.batch, s.expand_seconds = request.seconds;
   if (request.rows.empty()) request.logits = zeros({0, s.model->vocab}), request.hidden = zeros({0, s.model->width});
   call.out[0] = std::move(call.in[0]);
   if (call.wanted(1)) call.out[1] = spread(request.logits, n, used);

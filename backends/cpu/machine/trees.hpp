@@ -219,6 +219,51 @@ inline bool op_followed_path(Call& call) {
   return true;
 }
 
+// As stemma_top_k of one row: in the k blocks with the largest numbers are the k largest.
+inline void largest(void* native, const float* x, int64_t n, int64_t k, float* values, int32_t* indices) {
+  typedef float Four __attribute__((vector_size(16)));
+  constexpr int64_t BLOCK = 32, MOST = 16;
+  if (k > MOST || n < 8 * BLOCK || n > BLOCK << 24) return stemma_top_k(native, x, 1, n, k, values, indices);
+  float top[MOST], least = -INFINITY;  // the largest first; equal ones as they come
+  int32_t at[MOST];
+  int64_t count = 0;
+  const auto offer = [&](float value, int32_t index) {
+    int64_t i = count < k ? count++ : k - 1;
+    for (; i > 0 && value > top[i - 1]; --i) top[i] = top[i - 1], at[i] = at[i - 1];
+    top[i] = value, at[i] = index;
+    if (count == k) least = top[k - 1];
+  };
+  const Four none = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  for (int64_t block = 0; block < n; block += BLOCK) {
+    float most = -INFINITY;
+    if (block + BLOCK <= n) {
+      const auto part = [&](int64_t i) {
+        Four v;
+        memcpy(&v, x + block + 4 * i, sizeof v);
+        return v;
+      };
+      const auto larger = [](Four a, Four b) { return a > b ? a : b; };  // b when one of them is not a number
+      const Four a = larger(part(4), larger(part(0), none)), b = larger(part(5), larger(part(1), none));
+      const Four c = larger(part(6), larger(part(2), none)), d = larger(part(7), larger(part(3), none));
+      const Four all = larger(larger(a, b), larger(c, d));
+      most = std::max(std::max(all[0], all[1]), std::max(all[2], all[3]));
+    } else {
+      for (int64_t i = block; i < n; ++i) most = x[i] > most ? x[i] : most;
+    }
+    if (most > least) offer(most, (int32_t)(block / BLOCK));
+  }
+  int32_t blocks[MOST];
+  const int64_t chosen = count;
+  std::copy(at, at + chosen, blocks);
+  std::sort(blocks, blocks + chosen);
+  const float enough = chosen == k ? top[k - 1] : -INFINITY;  // k numbers are at least as large
+  count = 0, least = -INFINITY;
+  for (int64_t b = 0; b < chosen; ++b)
+    for (int64_t i = blocks[b] * BLOCK, end = std::min(i + BLOCK, n); i < end; ++i)
+      if (x[i] >= enough && x[i] > least) offer(x[i], (int32_t)i);
+  if (count < k) return stemma_top_k(native, x, 1, n, k, values, indices);
+  std::copy(top, top + k, values), std::copy(at, at + k, indices);
+}
 inline bool op_node_top_k(Call& call) {
   const Sequences& s = state_of<Sequences>(call.in[0]);
   const int64_t k = call.integer(0), size = call.size(1);
@@ -226,15 +271,10 @@ inline bool op_node_top_k(Call& call) {
   Value values = tensor(F32, {size, k}), tokens = tensor(I32, {size, k});
   std::fill(values.f32(), values.f32() + size * k, -INFINITY);
   std::fill(tokens.i32(), tokens.i32() + size * k, -1);
-  const int64_t n = s.tree ? std::min<int64_t>(size, s.ran) : 0, vocab = s.model->vocab;
-  for (int64_t i = 0, next; i < n; i = next) {  // runs of nodes whose rows lie together
-    next = i + 1;
-    const Value& row = s.node_logits[(size_t)i];
-    if (row.empty()) continue;
-    while (next < n && !s.node_logits[(size_t)next].empty() && s.node_logits[(size_t)next].f32() == row.f32() + (next - i) * vocab)
-      ++next;
-    stemma_top_k(call.machine.native, row.f32(), next - i, vocab, k, values.f32() + i * k, tokens.i32() + i * k);
-  }
+  const int64_t n = s.tree ? std::min<int64_t>(size, s.ran) : 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (const Value& row = s.node_logits[(size_t)i]; !row.empty())
+      largest(call.machine.native, row.f32(), s.model->vocab, k, values.f32() + i * k, tokens.i32() + i * k);
   call.out[0] = std::move(values);
   if (call.code.outputs.size() > 1) call.out[1] = std::move(tokens);
   return true;

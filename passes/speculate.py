@@ -363,38 +363,17 @@ class _Loop:
         contexts = [replace(program.context, settings=self._settings(), source=i) for i in range(len(program.drafters))]
         drafts = list(zip(program.drafters, contexts, strict=True))
         measured = GOVERNOR in cells
+        reflection = program.reflection
         if not measured:
             limit = p.as_value(1 + (size - 1) // len(contexts))
+        if reflection:
+            limit = reflection.limit(limit, text, size)
         alone = len(drafts) == 1
         tree = p.tree(token, limit * len(contexts), size * len(contexts) if measured else size)
 
         def ask(name: str, *inputs: Node, source: int) -> Value:
             return Value(build(name, cells[GOVERNOR].node, *inputs, source=source))
 
-<<<<<<< HEAD
-        reflection = program.reflection
-        limit = p.as_value(1 + (size - 1) // len(contexts))
-        if measured:
-            limit = Value(build("plan", cells[GOVERNOR].node, size=size))
-        if reflection:
-            limit = reflection.limit(limit, text, size)
-        if measured or reflection:
-            tree = p.cond(limit > 1, lambda: drafted(limit), lambda: p.tree(token, 1, joined_size))
-        else:
-            tree = drafted(limit)
-        if reflection:
-            tree.node = build("best_chain", tree.node, *([cells[GOVERNOR].node] if measured else []))
-        if measured and not self.samples:  # which samples are left out must not depend on what they are
-            tree.node = build("prune", cells[GOVERNOR].node, tree.node)
-        looks: dict[str, Node] = {}
-        if reflection:
-            logits = text.expand(reflection.repeated(tree, token, size), program.nodes(size))
-            text.node = build("retract", text.node, tree.node)
-            looks, logits = reflection.begin(tree, logits), logits[:size]
-        else:
-            logits = text.expand(tree, size)
-        again, hidden, *carried = self._follow(text, cells, looks)
-=======
         def draft(drafter: Drafter, context: DraftContext) -> None:
             own = tree if alone else p.tree(token, limit, size)
             drafter.draft(context, text.copy(), token, own, cells)
@@ -412,13 +391,22 @@ class _Loop:
 
         for drafter, context in drafts:
             context.limit = limit
-            wanted = (limit > 1) & ask("ask", tree.node, source=context.source) if measured else None
+            wanted = limit > 1 if measured or reflection else None
+            if measured:
+                wanted = wanted & ask("ask", tree.node, source=context.source)
             only_if(wanted, draft, drafter, context)
+        if reflection:
+            tree.node = build("best_chain", tree.node, *([cells[GOVERNOR].node] if measured else []))
         if measured and not self.samples:  # which samples are left out must not depend on what they are
             tree.node = build("prune", cells[GOVERNOR].node, tree.node)
-        logits = text.expand(tree, size)
-        hidden, (again, *carried) = self._follow(text, cells)
->>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
+        looks: dict[str, Node] = {}
+        if reflection:
+            logits = text.expand(reflection.repeated(tree, token, size), program.nodes(size))
+            text.node = build("retract", text.node, tree.node)
+            looks, logits = reflection.begin(tree, logits), logits[:size]
+        else:
+            logits = text.expand(tree, size)
+        hidden, (again, *carried) = self._follow(text, cells, looks)
         text.node = carried[match.position]
         for drafter, context in drafts:
             if type(drafter).observe is not Drafter.observe:
@@ -435,18 +423,12 @@ class _Loop:
         drafters = self.program.drafters
         return self.program.options.verify == "recursive" and len(drafters) == 1 and drafters[0].samples
 
-<<<<<<< HEAD
-    def _follow(self, text: Sequences, cells: Mapping[str, Cell], looks: Mapping[str, Node]) -> list[Node]:
-        """The inner loop: the plain turn on what the tree computed, while the tree goes on. Its last results: whether to go on, the
-        hidden state of the last node, the values carried. looks: `Reflection.begin`, nothing without a second look."""
-=======
-    def _follow(self, text: Sequences, cells: Mapping[str, Cell]) -> tuple[Value, list[Node]]:
+    def _follow(self, text: Sequences, cells: Mapping[str, Cell], looks: Mapping[str, Node]) -> tuple[Value, list[Node]]:
         """The inner loop: the plain turn on what the tree computed, while the tree goes on.
 
         The hidden state of the last node (zeros when no drafter needs it); whether to go on and what is carried, as the last plain
-        turn says.
+        turn says. looks: `Reflection.begin`, nothing without a second look.
         """
->>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
         match = self.match
         body = match.body
         names = {q.attrs["name"] for q in body.params}
@@ -457,14 +439,9 @@ class _Loop:
             carried[unique("hidden", names)] = nothing.node
         if self.samples:
             carried[unique(Q, names)] = cells[Q].node
-<<<<<<< HEAD
         carried |= {unique(name, names): node for name, node in looks.items()}
-        last, hidden, *others = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
-        drawn_from, seen = (others, []) if self.samples else ([], others)
-=======
         last, *more = params = [ops.param(name=name, type=node.type) for name, node in carried.items()]
-        drawn_from = more[wanted:]
->>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
+        drawn_from, seen = (more[wanted:], []) if self.samples else ([], more[wanted:])
         followed = ops.follow(body.params[match.position], match.token)
 
         def replaced(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -478,14 +455,9 @@ class _Loop:
         next_token = Function("", body.params, {"token": match.token}).inline(*after)[0]
         on = ops.logical_and(again, ops.has_child(after[match.position], next_token))
         names = set(body.result_names)
-<<<<<<< HEAD
-        wanted = any(d.needs().hidden for d in self.program.drafters)
-        new = {last: again, hidden: ops.get(followed, index=2) if wanted else hidden}
+        new = {last: again} | ({more[0]: ops.get(followed, index=2)} if wanted else {})
         if seen:
             new[seen[1]] = ops.add(seen[1], ops.constant(value=1, dtype="i32"))
-=======
-        new = {last: again} | ({more[0]: ops.get(followed, index=2)} if wanted else {})
->>>>>>> 7f045f9 (Speculation: drafters are asked by what they bring for what they take, plain turns while none does; tables without copies)
         extra = [(unique(q.attrs["name"], names), new.get(q, q)) for q in params]
         pairs = [(unique("more", names), on), *zip(body.result_names[1:], after, strict=True), *extra]
         init = [text.node if i == match.position else q for i, q in enumerate(body.params)]

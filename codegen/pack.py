@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from stemma.backends.cpu.formats import pack_linear, pair_order
+from stemma.backends.cpu.formats.rows import pack_rows
 from stemma.codegen.schedule import Packed
-from stemma.ir import Array, Node, Rows, StemmaError, TypeMismatch, WeightStore
+from stemma.ir import Array, Node, Rows, StemmaError, WeightStore
 from stemma.ir.formats import Quantized
 from stemma.ir.types import numpy_dtype, round_bf16
 
@@ -119,7 +120,7 @@ def _pair_block(rows: Rows, node: Node, start: int, stop: int) -> Array:
 def _plain(value: Any, name: str) -> Array:
     """Row-major bytes in the storage type."""
     if isinstance(value, Quantized):
-        raise TypeMismatch(f"a weight of {name} has no plain row layout")
+        return pack_rows(value, name)
     if name == "bf16" and value.dtype != np.uint16:
         value = round_bf16(value)
     return np.ascontiguousarray(value, numpy_dtype(name)).reshape(-1).view(np.uint8)

@@ -98,7 +98,7 @@ class Context:
         constant, users = constant_nodes(function), function.users()
 
         def only_read_by_rows(node: Node) -> bool:
-            places = {"linear": 1, "embedding": 0}
+            places = {"linear": 1, "embedding": 0, "linear_at": 1, "linear_from": 1}
             return bool(users[node]) and all(
                 u.op.name in places and [i for i, x in enumerate(u.inputs) if x is node] == [places[u.op.name]] for u in users[node]
             )

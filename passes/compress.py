@@ -151,7 +151,7 @@ def find_units(function: Function) -> Iterator[Unit]:
         if id(group) not in done:
             done.add(id(group))
             weights = tuple(w for w in groups if w in group)
-            yield Unit(weights, sum(int(w.tensor.elements) for w in weights), any(w in read for w in weights))  # type: ignore[arg-type]
+            yield Unit(weights, sum(int(w.tensor.elements) for w in weights), any(w in read for w in weights))  # type: ignore[arg-type, misc]
 
 
 def stored_bytes(unit: Unit, format: str) -> int:

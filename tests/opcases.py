@@ -45,13 +45,15 @@ BOUNDS: Mapping[str, Bound] = {
     "rope": Bound(2, "norm"),  # two products and a sum
     # sums of up to 64 terms: at most 4 in a lane and 4 in the tree, or 64 in order for cumsum and the short ones
     "reduce_sum": Bound(6), "matmul": Bound(8, "norm"), "linear": Bound(8, "norm"), "conv": Bound(16, "norm"),
-    "cumsum": Bound(16), "attention": Bound(16, "norm"), "cached_attention": Bound(16, "norm"), "fused": Bound(12, "norm"),
+    "cumsum": Bound(16), "linear_at": Bound(16, "norm"), "linear_from": Bound(16, "norm"),
+    "attention": Bound(16, "norm"), "cached_attention": Bound(16, "norm"), "fused": Bound(12, "norm"),
 }  # fmt: skip
 """Operations that are not named here move or compare values and must be exact."""
 
 UNGENERATED: Mapping[str, str] = {
     "param": "a leaf", "weight": "a leaf: generated kernels read weights as parameters", "get": "part of a region",
     "loop": "a region of the program level", "cond": "a region of the program level",
+    "top_neurons": "a selection: no loop nest says it",
     "quantize": "packed layouts belong to the templates", "dequantize": "packed layouts belong to the templates",
 }  # fmt: skip
 """Operations that no generated kernel computes, and why; they have cases for the reference backend."""
@@ -314,6 +316,9 @@ case(
     f32(N, 4, M + 4),
     f32(6, 2, 3),
 )
+case("top_neurons", "", lambda x: ops.top_neurons(x, count=3), f32(N, 9))
+case("linear_at", "", ops.linear_at, f32(N, 6), f32(7, 6), Tensor("i32", (N, 3)), make={2: below(7)})
+case("linear_from", "", ops.linear_from, f32(N, 3), f32(7, 6), Tensor("i32", (N, 3)), make={2: below(7)})
 case("embedding", "", ops.embedding, f32(M, 6), Tensor("i32", (2, N)), make={1: below(M)})
 case("embedding", "bf16", ops.embedding, Tensor("bf16", (M, 6)), Tensor("i64", (N,)), make={1: below(M)})
 

@@ -9,6 +9,7 @@ from stemma.backends.base import Backend, Claim, Inputs, Kernel, Limits, Refusal
 from stemma.backends.cpu import claims
 from stemma.backends.cpu.dialect import CPU
 from stemma.backends.cpu.formats import ACTIVATIONS, linear_bytes
+from stemma.backends.cpu.formats import rows as by_rows
 from stemma.backends.cpu.render_templates import render
 from stemma.backends.cpu.toolchain import CpuToolchain
 from stemma.ir import CompileError, Function, Node, Tensor, ops
@@ -20,7 +21,7 @@ class CpuBackend(Backend):
     name = "cpu"
     limits = Limits(vector_bytes=64)
     dtypes = frozenset({"f64", "f32", "f16", "bf16", "i64", "i32", "i16", "i8", "u8", "bool", *ACTIVATIONS})
-    hot = frozenset({"linear", "embedding", "attention", "cached_attention", "rms_norm", "layer_norm"})
+    hot = frozenset({"linear", "embedding", "attention", "cached_attention", "rms_norm", "layer_norm", *claims.NEURONS})
     dialect = CPU
     device = "stemma.backends.cpu.device"
     toolchain = CpuToolchain()
@@ -41,7 +42,7 @@ class CpuBackend(Backend):
         name = node.op.name
         if name == "embedding" and node.inputs[1].dtype != "i32":
             return ops.embedding(node.inputs[0], _narrow(node.inputs[1]))
-        if name in ("embedding", "linear"):
+        if name in ("embedding", "linear", "linear_at", "linear_from"):
             at = 0 if name == "embedding" else 1
             if node.inputs[at].dtype in ("f16", "f64"):
                 parts = list(node.inputs)
@@ -70,6 +71,9 @@ class CpuBackend(Backend):
         if layout in ("panel", "pair"):
             outputs, columns = map(int, tensor.shape)  # type: ignore[arg-type]
             return linear_bytes(outputs, columns, tensor.dtype)
+        if layout == "rows" and tensor.dtype in by_rows.NAMES and tensor.rank == 2:
+            outputs, columns = map(int, tensor.shape)  # type: ignore[arg-type]
+            return outputs * by_rows.row_bytes(columns, tensor.dtype)
         if layout == "rows" and isinstance(tensor.bytes, int):
             return tensor.bytes
         raise CompileError(f"The backend cpu has no weight layout {layout!r} for {tensor!r}.")

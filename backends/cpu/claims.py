@@ -12,6 +12,7 @@ from typing import Any
 from stemma.backends.base import Argument, Claim, Inputs, Kernel, Refusal
 from stemma.backends.cpu.epilogue import Epilogue
 from stemma.backends.cpu.formats import ACTIVATIONS, packing, q8_row_bytes
+from stemma.backends.cpu.formats import rows as by_rows
 from stemma.backends.cpu.formats.base import Packing
 from stemma.ir import Function, Node, SizeLike, Tensor, dtype, size
 
@@ -280,4 +281,32 @@ def _broadcast_strides(shape: tuple[SizeLike, ...]) -> tuple[SizeLike, ...]:
     return tuple(strides)
 
 
-MATCHERS = (linear, embedding, norm, cached_attention, attention, cache_write, quantize_rows)
+NEURONS = {"top_neurons": "top", "linear_at": "at", "linear_from": "from"}
+
+
+def neurons(body: Function, inputs: Inputs) -> Answer:
+    """The choice of neurons, and products with some rows of a weight."""
+    anchor = next((n for n in body.nodes if n.op.name in NEURONS), None)
+    if anchor is None:
+        return None
+    at, x = positions(body), anchor.inputs[0]
+    if body.results != (anchor,) or any(i not in at for i in anchor.inputs):
+        return Refusal(f"{anchor.op.name} is claimed alone")
+    if x.dtype != "f32":
+        return Refusal(f"{anchor.op.name} takes f32 values")
+    what, count = NEURONS[anchor.op.name], anchor.inputs[-1].shape[-1]
+    if what == "top":
+        call = arguments(rows(x.tensor), x.shape[-1], 0, anchor.shape[-1], ("input", at[x]), ("output", 0))
+        return Claim(kernel("neurons", what=what, weight="f32"), call, what=f"{anchor.shape[-1]} of {x.shape[-1]}")
+    w, places = anchor.inputs[1:]
+    if at[w] not in inputs.constant or w.dtype not in by_rows.NAMES:
+        return Refusal(f"some rows are read of a constant weight of {', '.join(by_rows.NAMES)}, not of {w.dtype}")
+    call = arguments(
+        rows(x.tensor), *w.shape, count, ("input", at[x]), ("input", at[w]), ("input", at[places]), ("output", 0)
+    )  # fmt: skip
+    return Claim(
+        kernel("neurons", what=what, weight=w.dtype), call, {at[w]: "rows"}, what=f"{count} of {w.shape[0]} {w.dtype} rows"
+    )
+
+
+MATCHERS = (linear, embedding, norm, cached_attention, attention, cache_write, quantize_rows, neurons)

@@ -55,6 +55,7 @@ from stemma.ir.ops.elementwise import (
 from stemma.ir.ops.governor import ask, attend, learn, plan, prune
 from stemma.ir.ops.kernel import load, loop_index, reduce_loop, store
 from stemma.ir.ops.linear import conv, dequantize, embedding, linear, matmul, quantize
+from stemma.ir.ops.neurons import linear_at, linear_from, top_neurons
 from stemma.ir.ops.program import (
     array,
     call,
@@ -75,6 +76,7 @@ from stemma.ir.ops.program import (
     top_k,
 )  # fmt: skip
 from stemma.ir.ops.reduce import argmax, cumsum, reduce_max, reduce_min, reduce_sum
+from stemma.ir.ops.reflect import best_chain, mix_logits, retract
 from stemma.ir.ops.shape import (
     broadcast_to,
     concat,
@@ -111,17 +113,17 @@ from stemma.ir.ops.tree import (
 from stemma.ir.ops.verify_draft import select_recursive, select_typical
 
 __all__ = [
-    "OPS", "abs", "add", "advance", "allow", "argmax", "array", "ask", "attend", "attention", "broadcast_to", "cached_attention",
-    "call", "candidates", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cumsum", "dequantize", "div",
-    "embedding", "emit", "emitted", "empty_state", "eq", "erf", "exp", "expand", "feed", "finish", "floor",
-    "floordiv", "follow", "followed_path", "fork", "fused", "gated", "ge", "gelu", "get", "gt", "has_child",
-    "history", "host", "iota", "is_in", "layer_norm", "le", "learn", "length", "linear", "load", "log", "logical_and",
-    "logical_not", "logical_or", "loop", "loop_index", "lt", "matmul", "maximum", "minimum", "mod", "mul", "ne",
-    "neg", "ngrams_draft", "ngrams_learn", "node_top_k", "noise", "pad", "param", "plan", "pow", "prune", "quantize",
-    "reciprocal", "recycling_draft", "recycling_learn", "reduce_loop", "reduce_max", "reduce_min", "reduce_sum",
-    "reshape", "rms_norm", "rope", "round", "rsqrt", "scatter", "select",
-    "select_recursive", "select_typical", "settle", "sigmoid", "sign", "silu", "sin",
-    "size_value", "slice", "softmax", "sqrt", "start", "step", "step_mixed", "store", "sub", "suffix_lookup", "sync",
-    "take", "take_along", "tanh", "token_counts", "top_k", "transpose", "tree", "tree_extend", "tree_merge",
-    "tree_nodes", "trie_draft", "trie_learn", "weight", "where",
+    "OPS", "abs", "add", "advance", "allow", "argmax", "array", "ask", "attend", "attention", "best_chain", "broadcast_to",
+    "cached_attention", "call", "candidates", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cumsum",
+    "dequantize", "div", "embedding", "emit", "emitted", "empty_state", "eq", "erf", "exp", "expand", "feed", "finish",
+    "floor", "floordiv", "follow", "followed_path", "fork", "fused", "gated", "ge", "gelu", "get", "gt", "has_child",
+    "history", "host", "iota", "is_in", "layer_norm", "le", "learn", "length", "linear", "linear_at", "linear_from", "load",
+    "log", "logical_and", "logical_not", "logical_or", "loop", "loop_index", "lt", "matmul", "maximum", "minimum",
+    "mix_logits", "mod", "mul", "ne", "neg", "ngrams_draft", "ngrams_learn", "node_top_k", "noise", "pad", "param", "plan",
+    "pow", "prune", "quantize", "reciprocal", "recycling_draft", "recycling_learn", "reduce_loop", "reduce_max", "reduce_min",
+    "reduce_sum", "reshape", "retract", "rms_norm", "rope", "round", "rsqrt", "scatter", "select", "select_recursive",
+    "select_typical", "settle", "sigmoid", "sign", "silu", "sin", "size_value", "slice", "softmax", "sqrt", "start", "step",
+    "step_mixed", "store", "sub", "suffix_lookup", "sync", "take", "take_along", "tanh", "token_counts", "top_k",
+    "top_neurons", "transpose", "tree", "tree_extend", "tree_merge", "tree_nodes", "trie_draft", "trie_learn", "weight",
+    "where",
 ]  # fmt: skip

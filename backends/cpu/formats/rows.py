@@ -1,0 +1,40 @@
+"""Weights stored row by row, for kernels that read some rows only: contextual sparsity.
+
+f32, bf16   plain
+int8        K codes, then one f32 scale; padded to 64 bytes
+int4_gG     per 32 k: 16 bytes, byte i is (code[k+i] + 8) | (code[k+16+i] + 8) << 4; then K/G f16 scales; padded to 64 bytes
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from stemma.backends.cpu.formats.base import Bytes, padded, raw
+
+NAMES = ("f32", "bf16", "int8", "int4_g32", "int4_g64", "int4_g128")
+
+
+def row_bytes(columns: int, name: str) -> int:
+    """Bytes of one stored row; ValueError for a format that is not stored by rows."""
+    if name not in NAMES:
+        raise ValueError(f"weights of {name} are not stored by rows; {', '.join(NAMES)} are")
+    if name in ("f32", "bf16"):
+        return columns * (4 if name == "f32" else 2)
+    used = columns + 4 if name == "int8" else columns // 2 + columns // int(name[6:]) * 2
+    return -(-used // 64) * 64
+
+
+def pack_rows(value: Any, name: str) -> Bytes:
+    """Rows of a quantized weight in this layout."""
+    rows, columns = value.shape
+    if name == "int8":
+        parts = [value.codes.view(np.uint8), value.scales.astype(np.float32).view(np.uint8)]
+    else:
+        nibbles = (value.codes + np.int8(8)).astype(np.uint8).reshape(rows, -1, 2, 16)
+        parts = [
+            (nibbles[:, :, 0] | nibbles[:, :, 1] << np.uint8(4)).reshape(rows, -1),
+            value.scales.astype(np.float16).view(np.uint8),
+        ]
+    return raw(padded(np.concatenate([p.reshape(rows, -1) for p in parts], axis=1), rows, row_bytes(columns, name)))

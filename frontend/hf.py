@@ -1,7 +1,8 @@
-"""From a Hugging Face checkpoint folder to a module of the IR, without loading a weight.
+"""From a Hugging Face checkpoint folder, or a GGUF file, to a module of the IR, without loading a weight.
 
 The model class is built with parameters that have a shape but no memory, its plain forward (no cache) is exported, and each
-parameter is mapped by name to a tensor of the safetensors files, which is read when somebody asks for it.
+parameter is mapped by name to a tensor of the files, which is read when somebody asks for it. Tensors that were quantized by others
+stay as they are (`prequantized.py`, `gguf*.py`).
 """
 
 from __future__ import annotations
@@ -12,66 +13,62 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stemma.frontend.safetensors import Entry, read_folder
+from stemma.frontend.checkpoint import Checkpoint, StoredTensor
+from stemma.frontend.prequantized import is_padding, order_inputs, unpack_tensors
+from stemma.frontend.safetensors import read_folder
 from stemma.frontend.torch_export import Stored, trace
-from stemma.ir import CheckpointError, Module, Size, UnsupportedError, WeightStore, dim, dtype, size
+from stemma.ir import Array, CheckpointError, Module, Size, TypeMismatch, UnsupportedError, WeightStore, dim, dtype, size
 
-_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-    "preprocessor_config.json",
-)  # fmt: skip
+__all__ = ["Checkpoint", "load_checkpoint", "trace_checkpoint"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_FILES = (*_TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 # Tensors that old checkpoints carry although the classes compute them.
 _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)$")
 _EXAMPLE = {"batch": 3, "tokens": 7}
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a folder says about its model; the tensors are described, not read."""
+def load_checkpoint(source: str | Path, tokenizer: str | Path | None = None) -> Checkpoint:
+    """Read the configuration and the headers of the weights of a folder or a GGUF file.
 
-    folder: Path
-    config: Any  # transformers' PretrainedConfig
-    architecture: str  # the class name, "LlamaForCausalLM"
-    kind: str  # "causal_lm" or "model"
-    tensors: Mapping[str, Entry]  # by the name in the file
-    files: tuple[Path, ...]  # tokenizer, generation and template files that belong into an artifact
-    eos: tuple[int, ...]
-    bos: int | None
-    notes: tuple[str, ...]  # what is missing but not needed for compiling
+    tokenizer: a folder whose tokenizer is used instead. CheckpointError when the checkpoint is incomplete or damaged.
+    """
+    source = Path(source)
+    given = None if tokenizer is None else _tokenizer_files(Path(tokenizer))
+    if source.is_file():
+        from stemma.frontend.gguf import is_gguf
+        from stemma.frontend.gguf_model import load_gguf
 
-    @property
-    def context(self) -> int | None:
-        """The largest number of positions, None when the model has no limit of its own."""
-        value = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return int(value) if value else None
-
-    @property
-    def bytes(self) -> int:
-        """Stored bytes of all tensors."""
-        return sum(e.bytes for e in self.tensors.values())
-
-
-def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read the configuration and the headers of the weights; CheckpointError when the folder is incomplete or damaged."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {problem}. Give the folder that holds config.json and the safetensors files.")
-    raw = _read_json(folder / "config.json", required=True)
-    if "quantization_config" in raw:
-        method = dict(raw["quantization_config"] or {}).get("quant_method", "an unknown method")
+        if is_gguf(source):
+            return load_gguf(source, given)
+    if not source.is_dir():
+        problem = "is a file, and no GGUF file" if source.exists() else "does not exist"
         raise CheckpointError(
-            f"{folder} is quantized already ({method}), which is not supported now. Use the original checkpoint in bfloat16 "
-            "or float32; Stemma quantizes it with a pass."
+            f"{source} {problem}. Give the folder that holds config.json and the safetensors files, or a GGUF file."
         )
+    return _load_folder(source, given)
+
+
+def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files of another tokenizer; CheckpointError when there is none."""
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"There is no tokenizer in {folder}: {folder / 'tokenizer.json'} does not exist. Name its folder.")
+    return tuple(folder / f for f in _TOKENIZER_FILES if (folder / f).exists())
+
+
+def _load_folder(folder: Path, tokenizer: tuple[Path, ...] | None) -> Checkpoint:
+    raw = _read_json(folder / "config.json", required=True)
+    settings = raw.pop("quantization_config", None)
     config, architecture = _config(folder, raw)
-    tensors = read_folder(folder)
+    tensors: Mapping[str, StoredTensor] = read_folder(folder)
+    notes: list[str] = []
+    if settings is not None:
+        tensors, notes = unpack_tensors(read_folder(folder), dict(settings), folder)
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -80,18 +77,20 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     eos = generation.get("eos_token_id", getattr(text, "eos_token_id", None)) if causal else None
     bos = generation.get("bos_token_id", getattr(text, "bos_token_id", None)) if causal else None
     eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(i) for i in eos)
-    notes = []
-    if causal and not (folder / "tokenizer.json").exists():
+    files = tuple(folder / f for f in _FILES if (folder / f).exists())
+    if tokenizer is not None:
+        files = (*tokenizer, *(f for f in files if f.name not in _TOKENIZER_FILES))
+    has_tokenizer = any(f.name == "tokenizer.json" for f in files)
+    if causal and not has_tokenizer:
         notes.append("The folder has no tokenizer.json: the artifact will take and give token ids, not text.")
-    if causal and not eos_ids and (folder / "tokenizer.json").exists():
+    if causal and not eos_ids and has_tokenizer:
         raise CheckpointError(
             f"{folder} has a tokenizer but names no end token, so generated text would never end. Set eos_token_id in its "
             "generation_config.json or config.json."
         )
-    files = tuple(folder / f for f in _FILES if (folder / f).exists())
-    kind = "causal_lm" if causal else "model"
     return Checkpoint(
-        folder, config, architecture, kind, tensors, files, eos_ids, bos if isinstance(bos, int) else None, tuple(notes)
+        folder, config, architecture, "causal_lm" if causal else "model", tensors, files, eos_ids,
+        bos if isinstance(bos, int) else None, tuple(notes), str(folder / "config.json"),
     )  # fmt: skip
 
 
@@ -125,7 +124,9 @@ def _config(folder: Path, raw: Mapping[str, Any]) -> tuple[Any, str]:
         )
     try:
         with _quiet():
-            return transformers.AutoConfig.from_pretrained(str(folder)), architecture
+            config = transformers.AutoConfig.from_pretrained(str(folder))
+        config.__dict__.pop("quantization_config", None)  # the weights are read without the library that made them
+        return config, architecture
     except Exception as error:  # transformers validates with many kinds of errors
         raise CheckpointError(f"{folder / 'config.json'} describes no model that transformers knows: {_reason(error)}") from None
 
@@ -152,15 +153,19 @@ def trace_checkpoint(
     checkpoint = folder if isinstance(folder, Checkpoint) else load_checkpoint(folder)
     with _quiet():
         model = _hollow_model(checkpoint)
-        stored = _map_weights(model, checkpoint)
+        mapped = _map_weights(model, checkpoint)
+        stored = {name: Stored(tensor.type, tensor.load, tensor.rows) for name, tensor in mapped.items()}
         limit = min(filter(None, (context, checkpoint.context)), default=size.UNBOUNDED)
         _fix_rope(model, limit)
+        if checkpoint.rope_divisors is not None:
+            _divide_rope(model, checkpoint.rope_divisors)
         example, dims = _example(checkpoint, tuple(inputs or (model.main_input_name,)), limit)
         with _one_sequence_per_row("position_ids" in example):
             module, store = trace(model, (), example, dims=dims, stored=stored)
+    module = order_inputs(module, store, mapped)
     forward = module["forward"]
     properties = {
-        "kind": checkpoint.kind, "name": checkpoint.folder.resolve().name, "architecture": checkpoint.architecture,
+        "kind": checkpoint.kind, "name": checkpoint.name, "architecture": checkpoint.architecture,
         "vocab": getattr(checkpoint.config.get_text_config(), "vocab_size", None),
         "context": None if limit == size.UNBOUNDED else limit, "eos": checkpoint.eos,
         "bos": checkpoint.bos, "inputs": tuple(p.attrs["name"] for p in forward.params), "results": forward.result_names,
@@ -220,7 +225,7 @@ def _hollow_model(checkpoint: Checkpoint) -> Any:
             model = cls._from_config(checkpoint.config, attn_implementation=attention, dtype=torch.float32)
     except Exception as error:  # whatever the constructor of the class raises
         raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'} describes no valid {checkpoint.architecture}: {_reason(error)}"
+            f"{checkpoint.described_by} describes no valid {checkpoint.architecture}: {_reason(error)}"
         ) from error
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
@@ -267,16 +272,24 @@ def _fix_rope(model: Any, limit: int) -> None:
                 module.rope_type = "default"
 
 
-def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
+def _divide_rope(model: Any, divisors: Array) -> None:
+    """Rotary frequencies as llama.cpp scales them: each divided by its own factor."""
+    for module in model.modules():
+        if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.inv_freq = module.inv_freq / torch.from_numpy(divisors)
+
+
+def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
     """The stored tensor of every parameter and persistent buffer, by its (first) name in the model."""
     expected: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
     by_name, unknown = _renamed(model, checkpoint, expected)
     ignored = [re.compile(p) for p in model._keys_to_ignore_on_load_unexpected or ()]
     extra = [n for n in unknown if not _IGNORED.search(n) and not any(p.search(n) for p in ignored)]
+    extra = [n for n in extra if not is_padding(n, checkpoint.tensors)]
     groups: dict[int, list[str]] = {}
     for name, tensor in expected.items():
         groups.setdefault(id(tensor), []).append(name)
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     missing = []
     for names in groups.values():
         entry = next((by_name[n] for n in names if n in by_name), None)
@@ -286,12 +299,12 @@ def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, Stored]:
                 missing.append(names[0])
         elif tensor.is_floating_point():
             _check(entry, names[0], tensor, checkpoint)
-            stored[names[0]] = Stored(entry.type, entry.load, entry.rows)
+            stored[names[0]] = entry
     if missing or extra:
         parts = [f"{len(n)} tensors {what} ({', '.join(sorted(n)[:4])}{', ...' if len(n) > 4 else ''})"
                  for n, what in ((missing, "are missing from the files"), (extra, "of the files have no place")) if n]  # fmt: skip
         raise CheckpointError(
-            f"The weights in {checkpoint.folder} do not fit its config.json, a {checkpoint.architecture}: "
+            f"The weights in {checkpoint.folder} do not fit {checkpoint.described_by}, a {checkpoint.architecture}: "
             f"{' and '.join(parts)}. They are from different models, or a file is missing."
         )
     return stored
@@ -301,7 +314,7 @@ def _optional(model: Any, name: str) -> bool:
     return any(re.search(p, name) for p in model._keys_to_ignore_on_load_missing or ())
 
 
-def _renamed(model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> tuple[dict[str, Entry], list[str]]:
+def _renamed(model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tensor]) -> tuple[dict[str, StoredTensor], list[str]]:
     """Stored tensors by their name in the model, after the renamings that transformers itself does; and those without one."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -309,7 +322,7 @@ def _renamed(model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tenso
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_name: dict[str, Entry] = {}
+    by_name: dict[str, StoredTensor] = {}
     unknown = []
     for key, entry in checkpoint.tensors.items():
         plain, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
@@ -328,21 +341,21 @@ def _renamed(model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tenso
     return by_name, unknown
 
 
-def _check(entry: Entry, name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """CheckpointError unless a stored tensor has the shape and a float type that the model expects."""
+def _check(entry: StoredTensor, name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless a stored tensor has the shape and an element type that the model can compute with."""
     try:
         kind = dtype(entry.dtype).kind
-    except Exception:  # a type of safetensors that the IR does not have, such as F8_E4M3
+    except TypeMismatch:  # a type of safetensors that the IR does not have, such as F8_E4M3
         kind = "foreign"
-    if kind != "float":
+    if kind not in ("float", "quantized"):
         raise CheckpointError(
             f"The weight {entry.name!r} in {entry.path} is stored as {entry.dtype}, but {name!r} is a float parameter: this is a "
-            "quantized checkpoint, which is not supported now. Use the original one in bfloat16 or float32."
+            "quantized checkpoint of a kind that is not read. Use GPTQ, AWQ, GGUF, or the original one in bfloat16 or float32."
         )
     if entry.shape != tuple(tensor.shape):
         raise CheckpointError(
-            f"The weight {entry.name!r} in {entry.path} has the shape {entry.shape}, but {checkpoint.folder / 'config.json'} "
-            f"describes {tuple(tensor.shape)}: the configuration and the weights are from different models."
+            f"The weight {entry.name!r} in {entry.path} has the shape {entry.shape}, but {checkpoint.described_by} describes "
+            f"{tuple(tensor.shape)}: the configuration and the weights are from different models."
         )
 
 

@@ -56,6 +56,16 @@ class Entry:
         """The elements as they are stored, read by ranges of the first axis."""
         return StoredRows(self)
 
+    def cells(self, start: int, stop: int) -> Array:
+        """Columns start..stop of a matrix, as they are stored."""
+        stored = numpy_dtype(self.dtype)
+        rows, columns = self.shape
+        values = np.empty((rows, stop - start), stored)
+        with open(self.path, "rb", buffering=0) as file:
+            for i, row in enumerate(values):
+                self._read(file.fileno(), row, self.offset + (i * columns + start) * stored.itemsize)
+        return values
+
     def _read(self, descriptor: int, target: Array, offset: int) -> None:
         view = memoryview(target.data).cast("B")
         while view:

@@ -25,14 +25,14 @@ from stemma.frontend import aten_compute, aten_elementwise, aten_shape  # noqa: 
 from stemma.frontend.aten import LOWERINGS, torch_dtype
 from stemma.frontend.lowering import Lowerer, is_dropped
 from stemma.frontend.sizes import Sizes
-from stemma.ir import Array, Function, Module, Node, Size, Tensor, UnsupportedError, WeightStore, ops, size
+from stemma.ir import Array, Function, Module, Node, Size, Tensor, UnsupportedError, WeightStore, dtype, ops, size
 
 
 class Stored(NamedTuple):
     """A weight as it is stored: its type, the loader of its value, and of its elements by rows (see `WeightStore.add`)."""
 
     type: Tensor
-    load: Callable[[], Array]
+    load: Callable[[], Any]
     rows: Callable[[], Any]
 
 
@@ -50,8 +50,8 @@ def trace(
         The same size in two places must be equal there. Axes not named keep the size of the example.
     stored: weights that live elsewhere than in the module, by parameter name: their stored type and a loader. Parameters and
         buffers that are not listed are read from the module.
-    Floats are computed in f32: a weight stored in another float type is cast. Parameters are named as the arguments of forward,
-    results by the keys of the output ("logits"), or "output". Weights that share one tensor have one name, the first.
+    Floats are computed in f32: a weight stored in another type is cast, or dequantized. Parameters are named as the arguments of
+    forward, results by the keys of the output ("logits"), or "output". Weights that share one tensor have one name, the first.
     Raises UnsupportedError when torch.export fails or operators have no lowering; the message lists all of them.
     """
     module, originals = _in_f32(module)
@@ -183,8 +183,15 @@ def _inputs(
         if name not in store:
             store.add(name, stored_type, load, rows)
         weight = ops.weight(name=name, type=stored_type)
-        inputs.append(weight if stored_type.dtype == type.dtype else ops.cast(weight, dtype=type.dtype))
+        inputs.append(_widened(weight, type.dtype))
     return inputs, params
+
+
+def _widened(weight: Node, name: str) -> Node:
+    """A stored weight in the element type in which the graph reads it."""
+    if dtype(weight.dtype).kind == "quantized":
+        return ops.dequantize(weight)
+    return weight if weight.dtype == name else ops.cast(weight, dtype=name)
 
 
 def _loader(tensor: torch.Tensor) -> Callable[[], Array]:

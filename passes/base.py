@@ -52,7 +52,7 @@ class PassContext:
 
     weights: the named weights; a pass may add new ones. calibration: integer arrays [tokens], one per calibration document.
     workspace: a folder for results that an interrupted compile finds again; None: a temporary one. report: is told what a long pass
-    does, how much is done and of how much. notes: sentences for the user. source: the checkpoint's folder. models: what the programs
+    does, how much is done and of how much. notes: sentences for the user. source: the tokenizer's folder. models: what the programs
     may step, by name; empty before the stage "program".
     fired: how often each rule fired; choices: rows (name -> value) of what a pass chose, to be shown and kept in the artifact. The
     manager reads and clears both around every pass.

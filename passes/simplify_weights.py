@@ -17,6 +17,7 @@ def weight(name: str, type: str) -> Node:
 
 
 W, BIAS, NARROW_W = weight("w", "f32[3, 4]"), weight("b", "f32[3]"), weight("n", "bf16[3, 4]")
+CODES = weight("q", "int4_g32[3, 32]")
 
 
 def _weight_is_constant(match: Match) -> str | None:
@@ -47,6 +48,16 @@ def narrow_linear(x: Node, w: Node, b: Node | None) -> Node:
     """linear(x, cast(w, f32), b) -> linear(x, w, b): linear widens its weight while reading it"""
     if w.dtype not in NARROW:
         raise NoMatch(f"the cast from {w.dtype} to f32 is no widening")
+    return ops.linear(x, w, b)
+
+
+@rule(
+    lambda x, w, b: ops.linear(x, ops.dequantize(w), optional(b)),
+    check=_weight_is_constant,
+    cases=[{"x": "f32[n, 32]", "w": CODES, "b": b} for b in (None, BIAS)],
+)
+def quantized_linear(x: Node, w: Node, b: Node | None) -> Node:
+    """linear(x, dequantize(w), b) -> linear(x, w, b): linear dequantizes its weight while reading it"""
     return ops.linear(x, w, b)
 
 
@@ -95,6 +106,15 @@ def narrow_embedding(w: Node, ids: Node) -> Node:
 
 
 @rule(
+    lambda w, ids: ops.embedding(ops.dequantize(w), ids), check=_weight_is_constant,
+    cases=[{"w": weight("q", "int4_g32[5, 32]"), "ids": "i64[n]"}],
+)  # fmt: skip
+def quantized_embedding(w: Node, ids: Node) -> Node:
+    """embedding(dequantize(w), ids) -> embedding(w, ids)"""
+    return ops.embedding(w, ids)
+
+
+@rule(
     lambda x, w, b, s: ops.linear(ops.reshape(x, shape=s), w, optional(b)),
     cases=[{"x": "f32[n, m, 4]", "w": W, "b": b, "s": (example("x", "f32[n * m]").shape[0], 4)} for b in (None, BIAS)],
 )
@@ -121,4 +141,7 @@ def cast_outward(x: Node) -> Node:
     return ops.cast(x.op(*inner, **x.attrs), dtype=x.dtype)
 
 
-WEIGHTS = (matmul_with_weight, linear_bias, narrow_linear, patch_embedding, narrow_embedding, reshaped_linear, cast_outward)
+WEIGHTS = (
+    matmul_with_weight, linear_bias, narrow_linear, quantized_linear, patch_embedding, narrow_embedding, quantized_embedding,
+    reshaped_linear, cast_outward,
+)  # fmt: skip

@@ -72,7 +72,7 @@ class Compilation:
         early = [*self.needs.early, *((p.model, p.layers) for p in self.added if isinstance(p, EarlyExit))]
         self.infos |= {name: replace(self.infos[MAIN], width=0) for name, _ in early}
         for kind, folder in self.needs.heads:
-            head_weights(kind, folder, checkpoint.folder)
+            head_weights(kind, folder, checkpoint.beside)
         traced = listed(self.chosen, self.infos)
         self.mix = mixed_tokens(traced)
         if not self.needs.hidden:
@@ -133,7 +133,7 @@ class Compilation:
         module, weights = trace_checkpoint(checkpoint)
         for step in added:
             if isinstance(step, Heads):
-                for name, entry in read_header(head_weights(step.kind, step.folder, checkpoint.folder)).items():
+                for name, entry in read_header(head_weights(step.kind, step.folder, checkpoint.beside)).items():
                     weights.add(name, entry.type, entry.load, entry.rows)
         bounds = [m.context for m in self.infos.values()]
         context = max(bounds) if len(bounds) > 1 and all(bounds) else 0
@@ -155,7 +155,7 @@ class Compilation:
             return asdict(loss)
 
         result = run_pipeline(
-            module, steps, PassContext(weights=weights, calibration=documents, source=checkpoint.folder), dump=dump,
+            module, steps, PassContext(weights=weights, calibration=documents, source=checkpoint.home), dump=dump,
             start_after=start_after, verify_each=self.verify_each, measure=measure,
             progress=lambda step, number, count: self.report("rewriting", number, count),
         )  # fmt: skip
@@ -169,7 +169,7 @@ class Compilation:
         steps = program_passes(self.added)
         before = {p.function.name: p.function for p in programs_of(module)}
         result = run_pipeline(
-            module, steps, PassContext(weights=weights, source=self.checkpoint.folder, models=dict(self.infos)),
+            module, steps, PassContext(weights=weights, source=self.checkpoint.home, models=dict(self.infos)),
             dump=self.dump / "programs" if self.dump is not None else None, verify_each=self.verify_each,
             progress=lambda step, number, count: self.report("rewriting the programs", number, count),
         )  # fmt: skip

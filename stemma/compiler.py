@@ -73,6 +73,7 @@ def compile(
     source: str | Path,
     output: str | Path,
     *,
+    tokenizer: str | Path | None = None,
     targets: Sequence[str] = ("cpu",),
     preset: str = "exact",
     passes: Sequence[str | Pass] = (),
@@ -88,8 +89,9 @@ def compile(
     start_after: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compile the checkpoint folder `source` into the artifact `output`.
+    """Compile the checkpoint `source`, a Hugging Face folder or a GGUF file, into the artifact `output`.
 
+    tokenizer: a folder with the tokenizer.json to use instead of the checkpoint's.
     passes: specifications of passes to add ("name{option=value}" or "file.py:Class{...}"), run on the plain model after raising,
     or at the end when they are of the stage "program". models: further checkpoints for the programs, {"draft": folder} or
     "draft=folder,preset=exact"; they go through the same passes. programs: decoding programs, from the library by name or
@@ -122,7 +124,7 @@ def compile(
     wanted = [find_program(p) for p in programs or ()]
     text = read_text(calibration) if calibration is not None else None
     report("reading the checkpoint", 0, 1)
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, tokenizer)
     if programs is None and checkpoint.kind == "causal_lm":
         wanted = [find_program(DEFAULT_PROGRAM)]
     work = Compilation(

@@ -265,7 +265,7 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda f: edit_config(f, architectures=["NoSuchForCausalLM"]), "'NoSuchForCausalLM'.* does not have"),
     "unknown model type": (lambda f: edit_config(f, model_type="no_such"), "no model that transformers knows"),
     "impossible config": (lambda f: edit_config(f, num_attention_heads=0), "config.json' describes|describes no"),
-    "quantized": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), "quantized already \\(gptq\\)"),
+    "quantized by another": (lambda f: edit_config(f, quantization_config={"quant_method": "aqlm"}), "quantized by aqlm"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no model.safetensors"),
     "pickles only": (pickle_only, "save_pretrained"),
     "two files, no index": (lambda f: to_shards(f, drop=INDEX), "no model.safetensors.index.json"),

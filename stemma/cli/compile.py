@@ -13,12 +13,17 @@ from stemma.cli.quality import quality
 
 @handled
 def compile_command(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face checkpoint folder: config.json, *.safetensors, tokenizer.json.")],
+    source: Annotated[
+        Path, typer.Argument(help="A Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a GGUF file.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The artifact to write, model.stemma.")],
     target: Annotated[str, typer.Option(help="Comma-separated targets; `stemma targets` lists them.")] = "cpu",
     preset: Annotated[
         str, typer.Option(help="exact: the checkpoint's weights, f32 arithmetic. balanced: int8. small: int4.")
     ] = "exact",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with the tokenizer.json to use instead of the checkpoint's.")
+    ] = None,
     models: Annotated[
         list[str] | None,
         typer.Option("--model", help="A further model for the programs, repeatable: draft=FOLDER or draft=FOLDER,preset=exact."),
@@ -53,9 +58,10 @@ def compile_command(
 
     with progress() as update:
         report = compile(
-            source, output, targets=target.split(","), preset=preset, passes=passes or (), models=models or (), programs=programs,
-            calibration=calibration, calibration_tokens=calibration_tokens, budget=Budget(max_kl, max_perplexity, min_top1),
-            rows=rows, variants=variants.split(",") if variants else None, verify_each=verify_each, dump=dump,
+            source, output, tokenizer=tokenizer, targets=target.split(","), preset=preset, passes=passes or (),
+            models=models or (), programs=programs, calibration=calibration, calibration_tokens=calibration_tokens,
+            budget=Budget(max_kl, max_perplexity, min_top1), rows=rows,
+            variants=variants.split(",") if variants else None, verify_each=verify_each, dump=dump,
             start_after=start_after, progress=update,
         )  # fmt: skip
 

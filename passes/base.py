@@ -35,13 +35,13 @@ class ModelInfo:
 class Needs:
     """What a pass of the stage "program" wants compiled besides the programs' models.
 
-    models: names that the caller must give a checkpoint for. early: (name, layers), models that stop after so many layers of
-    "model". heads: (kind, file or folder, "" for the places where checkpoints have them), functions named `kind` that guess from
-    hidden states. hidden: whether the step of "model" returns its hidden state.
+    models: names that the caller must give a checkpoint for. made: passes on "model" that make a further model of it (see
+    `Pass.makes`). heads: (kind, file or folder, "" for the places where checkpoints have them), functions named `kind` that guess
+    from hidden states. hidden: whether the step of "model" returns its hidden state.
     """
 
     models: tuple[str, ...] = ()
-    early: tuple[tuple[str, int], ...] = ()
+    made: tuple[Pass, ...] = ()
     heads: tuple[tuple[str, str], ...] = ()
     hidden: bool = False
 
@@ -89,6 +89,10 @@ class Pass:
     def needs(self) -> Needs:
         """What a pass of the stage "program" wants to find in the module."""
         return Needs()
+
+    def makes(self) -> str:
+        """The name of the further model that the pass makes of "model", as a function NAME_forward beside `forward`; "" for none."""
+        return ""
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The transformed module; the same object when nothing applied."""

@@ -1,7 +1,7 @@
 """Contextual sparsity: of a gated MLP only the neurons with the largest gate values are computed for a token.
 
     linear(gated(linear(x, G), linear(x, U)), D)
-->  a = act(linear(x, G));  at = top_neurons(a);  linear_from(take(a, at) * linear_at(x, U, at), transpose(D), at)
+->  a = act(linear(x, G)), at = top_neurons(a), linear_from(take(a, at) * linear_at(x, U, at), transpose(D), at)
 
 As a change of the model it is lossy (CATS, Lee et al. 2024). As a model of its own beside the whole one it drafts, and the whole one
 corrects: Sirius (Zhou et al. 2024, arXiv:2409.03856), with `speculate{draft=sparse}`.
@@ -33,6 +33,9 @@ class ContextualSparsity(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", "identical" if self.model else "lossy")
+
+    def makes(self) -> str:
+        return self.model
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with sparse MLPs, or with the function MODEL_forward beside it; PassError when there is no gated MLP."""

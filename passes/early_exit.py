@@ -24,6 +24,9 @@ class EarlyExit(Pass):
     name: ClassVar[str] = "early_exit"
     requires: ClassVar[frozenset[str]] = frozenset({"causal"})
 
+    def makes(self) -> str:
+        return self.model
+
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with the function MODEL_forward; PassError when there are not that many layers, or no residual stream."""
         name = f"{self.model}_forward"

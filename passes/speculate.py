@@ -103,7 +103,7 @@ def sum_needs(each: list[Needs]) -> Needs:
     def joined(field_name: str) -> Any:
         return tuple(dict.fromkeys(x for n in each for x in getattr(n, field_name)))
 
-    return Needs(joined("models"), joined("early"), joined("heads"), any(n.hidden for n in each))
+    return Needs(joined("models"), joined("made"), joined("heads"), any(n.hidden for n in each))
 
 
 def _with_programs(module: Module, done: list[tuple[Function, Function]]) -> Module:

@@ -12,7 +12,6 @@ from stemma.codegen.program import attach, program_table, programs_of
 from stemma.ir import MAIN, Array, Module, StemmaError, WeightStore, merge_models
 from stemma.library import listed, mixed_tokens, models_used, reads_hidden, summary
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext
-from stemma.passes.early_exit import EarlyExit
 from stemma.passes.heads import Heads
 from stemma.passes.manager import PassRecord, run_pipeline
 from stemma.passes.measure import Loss, Meter
@@ -69,8 +68,7 @@ class Compilation:
             self.infos[source.name], entry = related(source.name, checkpoint, other, drafts=drafts, notes=self.notes)
             self.infos[source.name] = replace(self.infos[source.name], width=0)
             self.entries[source.name] = entry
-        early = [*self.needs.early, *((p.model, p.layers) for p in self.added if isinstance(p, EarlyExit))]
-        self.infos |= {name: replace(self.infos[MAIN], width=0) for name, _ in early}
+        self.infos |= {p.makes(): replace(self.infos[MAIN], width=0) for p in (*self.needs.made, *self.added) if p.makes()}
         for kind, folder in self.needs.heads:
             head_weights(kind, folder, checkpoint.beside)
         traced = listed(self.chosen, self.infos)
@@ -111,7 +109,7 @@ class Compilation:
 
     def _other(self, source: Source, checkpoint: Checkpoint) -> tuple[Module, WeightStore]:
         self.report(f"tracing the model {source.name}", 0, 1)
-        shared = [p for p in self.added if not isinstance(p, (EarlyExit, Heads))]  # those make more of the main model
+        shared = [p for p in self.added if not (p.makes() or isinstance(p, Heads))]  # those make more of the main model
         preset, added = (self.preset, shared) if source.preset is None else (source.preset, [])
         folder = self.dump / source.name if self.dump is not None else None
         module, records, weights = self._compiled(checkpoint, preset, added, folder, False, None, lambda loss, name: None)

@@ -51,7 +51,7 @@ def explain_programs(step: Pass, folder: Path, programs: Sequence[str]) -> list[
     info = describe(load_checkpoint(folder), "model")
     needs = step.needs()
     chosen = [find_program(p) for p in programs] or list(library().values())
-    names = ["model", *needs.models, *(name for name, _ in needs.early), *(n for p in chosen for n in model_names(p))]
+    names = ["model", *needs.models, *(p.makes() for p in needs.made), *(n for p in chosen for n in model_names(p))]
     infos = {name: info if name == "model" else replace(info, width=0) for name in names}
     found = []
     for program in chosen:

@@ -13,7 +13,6 @@ import numpy as np
 
 from stemma.ir import MAIN, StemmaError
 from stemma.passes.base import ModelInfo, Needs, Pass
-from stemma.passes.early_exit import EarlyExit
 from stemma.passes.heads import KINDS, Heads
 from stemma.vocabulary import Token, read_tokens, translation
 
@@ -72,15 +71,15 @@ def needs_of(passes: Sequence[Pass], names: Sequence[str]) -> Needs:
             if name not in names:
                 have = f"given: {', '.join(names)}" if names else "none was given"
                 raise StemmaError(f"The pass {owner!r} needs a model called {name!r}; {have}. Add --model {name}=FOLDER.")
-    early = tuple(dict.fromkeys(e for _, needs in all_needs for e in needs.early))
-    stopped = [*(name for name, _ in early), *(p.model for p in passes if isinstance(p, EarlyExit))]
-    for name in stopped:
+    made = tuple(dict.fromkeys(m for _, needs in all_needs for m in needs.made))
+    further = [p.makes() for p in (*made, *passes) if p.makes()]
+    for name in further:
         _check_name(name)
-        if [*names, *stopped].count(name) > 1:
-            raise StemmaError(f"Two models are called {name!r}. Give the model that stops early another name.")
+        if [*names, *further].count(name) > 1:
+            raise StemmaError(f"Two models are called {name!r}. Give the one that a pass makes another name.")
     return Needs(
         tuple(dict.fromkeys(n for _, needs in all_needs for n in needs.models)),
-        early,
+        made,
         tuple(dict.fromkeys(h for _, needs in all_needs for h in needs.heads)),
         any(needs.hidden for _, needs in all_needs),
     )
@@ -89,7 +88,7 @@ def needs_of(passes: Sequence[Pass], names: Sequence[str]) -> Needs:
 def making(needs: Needs) -> tuple[Pass, ...]:
     """The passes on the main model that make what is needed."""
     return (
-        *(EarlyExit(layers, name) for name, layers in needs.early),
+        *needs.made,
         *(Heads(kind, folder) for kind, folder in needs.heads if kind in KINDS),
     )
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.quick
 
 def test_drafters_by_name(tmp_path: Path) -> None:
     assert set(all_drafters()) >= {
-        "draft_model", "early_exit", "hydra", "lookahead", "medusa", "prompt_lookup", "recycling", "stand",
+        "draft_model", "early_exit", "hydra", "lookahead", "medusa", "prompt_lookup", "recycling", "sparse", "stand",
     }  # fmt: skip
     first, second = make_drafters("recycling + draft_model{shape=chain, length=3}")
     assert first.written() == "recycling" and second.written() == "draft_model{shape=chain, length=3}"
@@ -106,4 +106,4 @@ def test_missing_models_are_named() -> None:
     with pytest.raises(PassError, match="The drafter 'draft_model' needs the model 'draft'; there are: model."):
         Speculate(draft="draft_model").run(bare, PassContext(models=info))
     needs = Speculate(draft="draft_model+hydra+early_exit").needs()
-    assert needs.models == ("draft",) and needs.hidden and needs.heads == (("hydra", ""),) and needs.early == (("early", 1),)
+    assert needs.models == ("draft",) and needs.hidden and needs.heads == (("hydra", ""),) and [m.makes() for m in needs.made] == ["early"]

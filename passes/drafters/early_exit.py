@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stemma.passes import early_exit as passes
 from stemma.passes.base import Needs
 from stemma.passes.drafters.draft_model import DraftModel
 
@@ -19,4 +20,4 @@ class EarlyExit(DraftModel):
     name: ClassVar[str] = "early_exit"
 
     def needs(self) -> Needs:
-        return Needs(early=((self.model, self.layers_kept),))
+        return Needs(made=(passes.EarlyExit(self.layers_kept, self.model),))

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 MODELS = Path(__file__).resolve().parent.parent / "examples" / "models"
 HEADS = MODELS / "heads"
 DRAFTERS = (
-    "recycling", "lookahead", "stand", "prompt_lookup", "medusa", "hydra", "early_exit", "draft_model",
+    "recycling", "lookahead", "stand", "prompt_lookup", "medusa", "hydra", "early_exit", "sparse", "draft_model",
     "draft_model{shape=chain,length=4}", "draft_model{shape=tree}", "draft_model{exact=true}", "draft_model{shape=rsd,width=2}",
     "draft_model{shape=beam,width=4}", "recycling+stand+draft_model{shape=chain}",
 )  # fmt: skip
@@ -38,7 +38,7 @@ PROMPTS = (
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stemma.Model]:
     """The bundled target with everything that drafters need."""
     path = tmp_path_factory.mktemp("speculation") / "all.stemma"
-    draft = f"recycling+draft_model+medusa{{folder={HEADS}}}+hydra{{folder={HEADS}}}+early_exit"
+    draft = f"recycling+draft_model+medusa{{folder={HEADS}}}+hydra{{folder={HEADS}}}+early_exit+sparse"
     step = make_pass(f'speculate{{draft="{draft}"}}')
     compile(
         MODELS / "target", path, passes=(step,), variants=("native",), models=(Source("draft", MODELS / "draft"),)

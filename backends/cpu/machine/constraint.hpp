@@ -107,8 +107,14 @@ inline bool op_candidates(Call& call) {
     const float* row = logits.f32() + i * vocab;
     any |= first < last;
     const int64_t count = last - first;
-    a.check(first, last, vocab);
-    for (int64_t e = 0; e < count; ++e) value[e] = row[a.tokens[first + e]];
+    // Tokens ascend: those that fill their range are a part of the row.
+    if (const int64_t least = count ? a.tokens[first] : 0; count && least >= 0 && a.tokens[last - 1] < vocab
+        && a.tokens[last - 1] == least + count - 1) {
+      memcpy(value, row + least, (size_t)count * 4);
+    } else {
+      a.check(first, last, vocab);
+      for (int64_t e = 0; e < count; ++e) value[e] = row[a.tokens[first + e]];
+    }
     if (count) memcpy(token, a.tokens + first, (size_t)count * 4), memcpy(after, targets + first, (size_t)count * 4);
     value += count, token += count, after += count;
     const int64_t rest = width - count;

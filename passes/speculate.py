@@ -26,13 +26,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from stemma.ir import Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, dtype, ops, size, stamp, walk
+from stemma.ir import Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, ops, size, stamp, walk
 from stemma.ir import trace as p
 from stemma.ir.ops.choose import SETTINGS
 from stemma.ir.trace import Sequences, Value
 from stemma.ir.trace_scope import Cell, Scope, build, tracing
 from stemma.passes.base import Label, Needs, Pass, PassContext, Stage
 from stemma.passes.drafters import DraftContext, Drafter, Q, Table, make_drafters
+from stemma.passes.kept_bytes import kept_bytes
 from stemma.passes.loops import Match, Unfit, match_loop, steps_models
 from stemma.passes.reflective import Reflection, mixed, reflection_tokens
 
@@ -152,7 +153,7 @@ class _Program:
             for name, type in drafter.persistent(self.context).items():
                 self.kept[name] = type
         if self.options.shape == "measured":
-            self.kept[GOVERNOR] = State("governor", (self.size, max(len(self.drafters), 1)))
+            self.kept[GOVERNOR] = self._governor(self.size)
         taken = {p.attrs["name"] for p in self.function.params}
         if clash := taken & set(self.kept):
             raise Unfit(f"its parameter {min(clash)!r} has the name of something that a drafter keeps; rename it")
@@ -267,6 +268,9 @@ class _Program:
         least = sum(self._bytes(replace(context, size=2)).values()) / 1e6
         raise PassError(f"speculate: {self.options.memory:g} MB are too few for one drafted node, which needs {least:.3f} MB.")
 
+    def _governor(self, size: int) -> State:
+        return State("governor", (size, max(len(self.drafters), 1)))
+
     def _bytes(self, context: DraftContext) -> dict[str, int]:
         """What speculation adds to a request's memory, in bytes, by purpose."""
         nodes = self.nodes(context.size)
@@ -274,9 +278,11 @@ class _Program:
             "cache": nodes * slot_bytes(self.module, context.model),
             "logits": nodes * 4 * (context.vocab + context.width),
         }
+        if self.options.shape == "measured":
+            found[GOVERNOR] = kept_bytes(self._governor(context.size))
         for drafter in self.drafters:
             for name, type in drafter.persistent(context).items():
-                found[name] = type_bytes(type)
+                found[name] = kept_bytes(type)
             for model in drafter.needs().models:
                 found[f"cache of {model}"] = context.size * slot_bytes(self.module, model)
         return found
@@ -300,15 +306,6 @@ def slot_bytes(module: Module, model: str) -> int:
         if any(isinstance(s, Size) and str(s) == "slots" for s in cache.shape):
             total += size.evaluate(cache.tensor.bytes, {"slots": 1})
     return total
-
-
-def type_bytes(type: Type) -> int:
-    """Bytes of a value that a drafter keeps: of a tensor its elements, of a state its capacity."""
-    if isinstance(type, Tensor):
-        return int(size.bounds(type.elements)[1]) * dtype(type.dtype).bits // 8
-    if isinstance(type, State) and type.kind == "recycling":
-        return 8 * int(type.args[0]) * int(type.args[1])
-    return 0
 
 
 # ---- one loop ---------------------------------------------------------------------------------------------------------
@@ -393,7 +390,7 @@ class _Loop:
             context.limit = limit
             wanted = limit > 1 if measured or reflection else None
             if measured:
-                wanted = wanted & ask("ask", tree.node, source=context.source)
+                wanted = (limit > 1) & ask("ask", tree.node, source=context.source)
             only_if(wanted, draft, drafter, context)
         if reflection:
             tree.node = build("best_chain", tree.node, *([cells[GOVERNOR].node] if measured else []))

@@ -43,14 +43,19 @@ API void stemma_rows(void*, int32_t kind, const float* x, int64_t rows, int64_t 
 NAMES = {np.dtype(np.float32): "f32", np.dtype(np.int32): "i32", np.dtype(np.int64): "i64", np.dtype(np.bool_): "bool"}
 
 
+def shims() -> str:
+    """The library's samplers and row functions behind the names by which the machine calls them."""
+    return render("support.hpp.j2") + render("sampling.hpp.j2") + render("top_k.hpp.j2") + SHIMS
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The machine, the fake kernels and, in place of their stand-ins, the library's samplers and row functions."""
     compiler, folder = find_compiler(), cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     fake = Path(__file__).with_name("fake_machine.cpp").read_text()
-    shims = render("support.hpp.j2") + render("sampling.hpp.j2") + render("top_k.hpp.j2") + SHIMS
-    jobs = [Job(compiler, text, (*compiler.flags(None), "-O2"), "operations on fakes") for text in (machine_source(), fake, shims)]
+    flags = (*compiler.flags(None), "-O2")
+    jobs = [Job(compiler, text, flags, "operations on fakes") for text in (machine_source(), fake, shims())]
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch, "machine.so")
         command = [*compiler.command, "-shared", "-pthread", *map(str, compile_all(jobs, folder)), "-o", str(output)]

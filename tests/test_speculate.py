@@ -323,8 +323,8 @@ def test_budgets() -> None:
         with pytest.raises(PassError, match=f"a budget of {budget} is below one drafted node"):
             Speculate(budget=budget).run(module, context())
     with pytest.raises(PassError, match="0.0001 MB are too few for one drafted node, which needs 0.000"):
-        Speculate(memory=0.0001).run(module, context())
-    roomy, tight = (Speculate(budget=64, memory=m).run(module, context()) for m in (1.0, 0.001))
+        Speculate(memory=0.0001, shape="fixed").run(module, context())
+    roomy, tight = (Speculate(budget=64, memory=m, shape="fixed").run(module, context()) for m in (1.0, 0.001))
     nodes = [dict(dict(m.properties["speculation"])["generate"])["nodes"] for m in (roomy, tight)]
     assert nodes[0] == 64 and 2 <= nodes[1] < 64
     report = dict(dict(tight.properties["speculation"])["generate"])

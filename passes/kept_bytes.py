@@ -1,0 +1,45 @@
+"""How many bytes the values need that speculation keeps from request to request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from stemma.ir import PassError, State, Tensor, Type, dtype, size
+from stemma.ir.ops.governor import BUCKETS, DEPTHS
+from stemma.ir.ops.tables import CONTEXTS
+
+
+def kept_bytes(type: Type) -> int:
+    """Bytes of a value that a drafter keeps: of a tensor its elements, of a state at most those of its native structures when full.
+
+    PassError for a state that cannot be kept.
+    """
+    if isinstance(type, Tensor):
+        return int(size.bounds(type.elements)[1]) * dtype(type.dtype).bits // 8
+    if not isinstance(type, State) or type.kind not in STATES:
+        raise PassError(f"speculate: {type!r} cannot be kept; there are: tensors and the states {', '.join(STATES)}.")
+    return STATES[type.kind](*(int(a) for a in type.args))
+
+
+def _trie(capacity: int) -> int:
+    """20 bytes a run and the empty one, in an array that doubles; a hash table of at most 4 words of 8 bytes for each."""
+    return 2 * 20 * (capacity + 1) + 8 * max(4 * capacity, 64) + 4096
+
+
+def _ngrams(order: int, k: int) -> int:
+    """Of each context its counts, its tokens, and the tokens and shares after it, in arrays that double; 4 hash entries of each."""
+    return CONTEXTS * (2 * (16 + 4 * (order + 1) + 12 * k) + 4 * 4) + 4096
+
+
+def _recycling(vocab: int, k: int) -> int:
+    """A token and its share."""
+    return 8 * vocab * k
+
+
+def _governor(size: int, sources: int) -> int:
+    """Of each drafter's classes the acceptance and how often it was tried; the seconds of calls."""
+    return sources * (16 * DEPTHS * BUCKETS + 256) + 32768
+
+
+STATES: Mapping[str, Callable[..., int]] = {"trie": _trie, "ngrams": _ngrams, "recycling": _recycling, "governor": _governor}
+"""Upper bounds by kind; the structures are those of backends/cpu/machine/{tables,governor}.hpp."""

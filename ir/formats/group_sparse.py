@@ -47,10 +47,10 @@ class GroupSparse(Format):
         return (2 * rows * (columns // self.group) * self.percent + 100) // 200
 
     def stored_bytes(self, elements: SizeLike, rows: SizeLike = 1) -> SizeLike:
-        """Codes, a scale and a column of every kept group, and two bytes a row."""
+        """Codes and a scale of every kept group, and a bit for every group."""
         groups = size.floordiv(elements, self.group)
         kept = groups - size.floordiv(groups * self.percent, 100)
-        return kept * (self.group // 2 + 2 + 1) + rows * 2
+        return kept * (self.group // 2 + 2) + size.floordiv(groups, 8)
 
     def round_rows(self, values: NDArray[np.float32]) -> dict[str, Array]:
         """Prunes the groups of least energy (sum of squares) of each unit; the others are rounded as int4_gN."""

@@ -92,8 +92,12 @@ def model_words(out: Writer, model: Served, table: Mapping[str, Any]) -> list[in
         if shape.count("slots") != 1 or not all(s == "slots" or isinstance(s, int) for s in shape):
             raise CompileError(f"The state {tensor['name']!r} of the model {model.name!r} is not [planes, slots, elements].")
         axis = shape.index("slots")
-        item = 2 if tensor["dtype"] in ("bf16", "f16") else np.dtype(_numpy(tensor["dtype"])).itemsize
-        buffers += [STATE_BUFFER, int(np.prod(shape[:axis], dtype=int)), int(np.prod(shape[axis + 1 :], dtype=int)) * item]
+        planes, after = (int(np.prod(part, dtype=int)) for part in (shape[:axis], shape[axis + 1 :]))
+        if "row_bytes" in tensor:  # rows of codes with their scales
+            slot = after // shape[-1] * tensor["row_bytes"]
+        else:
+            slot = after * (2 if tensor["dtype"] in ("bf16", "f16") else np.dtype(_numpy(tensor["dtype"])).itemsize)
+        buffers += [STATE_BUFFER, planes, slot]
     for tensor in table["results"]:
         buffers += [BUFFER_CODES[tensor["name"]], 0, 0]
     return [

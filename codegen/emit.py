@@ -12,7 +12,7 @@ from typing import Any
 from stemma.backends.base import Backend, Kernel
 from stemma.codegen import lower
 from stemma.codegen.schedule import Buffer, Launch, Schedule
-from stemma.ir import Dim, SizeLike, size
+from stemma.ir import Dim, SizeLike, dtype, size
 
 C_TYPES = {
     "f64": "double", "f32": "float", "f16": "f16", "bf16": "bf16", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t",
@@ -131,9 +131,15 @@ def function_table(schedule: Schedule, index: int) -> dict[str, Any]:
     groups: dict[str, list[dict[str, Any]]] = {"inputs": [], "states": [], "results": []}
     for a in schedule.arguments:
         kind = "states" if a.name in schedule.states else "results" if a.name in results else "inputs"
-        groups[kind].append({"name": a.name, "dtype": a.tensor.dtype, "shape": [_plain(s) for s in a.tensor.shape]})
+        groups[kind].append({"name": a.name, "dtype": a.tensor.dtype, "shape": [_plain(s) for s in a.tensor.shape], **_row(a)})
     dims = [{"name": d.name, "lo": d.lo, "hi": d.hi} for d in schedule.dims]
     return {"index": index, "dims": dims, **groups, "launches": launch_table(schedule)}
+
+
+def _row(buffer: Buffer) -> dict[str, Any]:
+    """The bytes of a row that is stored as codes with their scales."""
+    kind = dtype(buffer.tensor.dtype)
+    return {"row_bytes": kind.stored_bytes(buffer.tensor.shape[-1])} if kind.kind == "quantized" else {}
 
 
 def memory_table(schedule: Schedule, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -28,12 +28,16 @@ class Dimension:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input, state or result: its element type, and its shape as written and as functions of the dimensions."""
+    """One input, state or result: its element type, and its shape as written and as functions of the dimensions.
+
+    row_bytes: of one row of the last axis, when rows are stored as codes with their scales; 0 for plain element types.
+    """
 
     name: str
     dtype: str
     text: tuple[int | str, ...]
     shape: tuple[SizeFunction, ...]
+    row_bytes: int = 0
 
     def dims(self, values: Mapping[str, int]) -> tuple[int, ...]:
         """The shape for these values of the dimensions."""
@@ -41,8 +45,8 @@ class TensorSpec:
 
     def nbytes(self, values: Mapping[str, int]) -> int:
         """Bytes of the tensor for these values of the dimensions."""
-        total = ITEM_BYTES[self.dtype]
-        for size in self.shape:
+        total = self.row_bytes or ITEM_BYTES[self.dtype]
+        for size in self.shape[:-1] if self.row_bytes else self.shape:
             total *= size(values)
         return total
 
@@ -216,6 +220,7 @@ def _function(name: str, raw: Any) -> FunctionSpec:
 
 def _tensor(raw: Any, names: frozenset[str], where: str) -> TensorSpec:
     name, dtype, shape = (_get(raw, key, kind, where) for key, kind in (("name", str), ("dtype", str), ("shape", list)))
-    if dtype not in ITEM_BYTES:
+    row_bytes = _get(raw, "row_bytes", int, where) if "row_bytes" in raw else 0
+    if dtype not in ITEM_BYTES and (row_bytes <= 0 or not shape):
         raise ValueError(f"{where}{name} has the unknown element type {dtype!r}")
-    return TensorSpec(name, dtype, tuple(shape), tuple(compile_size(size, names) for size in shape))
+    return TensorSpec(name, dtype, tuple(shape), tuple(compile_size(size, names) for size in shape), row_bytes)

@@ -20,9 +20,9 @@ def attention(name: str, **seams: Any) -> str:
 
 
 CACHED: dict[str, dict[str, Any]] = {
-    "gqa": dict(heads=8, kv_heads=2, head_dim=64, scale=0.125, cache="f32"),
-    "mha_odd": dict(heads=3, kv_heads=3, head_dim=40, scale=0.2, cache="bf16", window=70, soft_cap=20.0),
-    "wide": dict(heads=2, kv_heads=1, head_dim=256, scale=0.0625, cache="bf16"),
+    "gqa": dict(heads=8, kv_heads=2, head_dim=64, scale=0.125, keys="f32", values="f32"),
+    "mha_odd": dict(heads=3, kv_heads=3, head_dim=40, scale=0.2, keys="bf16", values="bf16", window=70, soft_cap=20.0),
+    "wide": dict(heads=2, kv_heads=1, head_dim=256, scale=0.0625, keys="bf16", values="bf16"),
 }  # fmt: skip
 FULL: dict[str, dict[str, Any]] = {
     "causal": dict(heads=4, kv_heads=2, head_dim=32, scale=0.25, causal=True, bias=False, window=20, causal_offset="S - T"),
@@ -66,7 +66,7 @@ def test_attention_cached(library: Library, name: str) -> None:
     kc: Any
     vc: Any
     k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
-    if seams["cache"] == "bf16":
+    if seams["keys"] == "bf16":
         kc, vc = bf16_bits(k), bf16_bits(v)
         k, v = bf16_values(kc), bf16_values(vc)
     else:
@@ -143,7 +143,7 @@ def test_attention_in_a_tree(library: Library, name: str, scattered: bool) -> No
         order = {int(s): i for i, s in enumerate(dict.fromkeys([*map(int, table[6]), *map(int, used)])) if s >= 0}
         table = np.array([[order[int(s)] + 3 if s >= 0 else -7 for s in row] for row in table], np.int32)
     k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
-    kc, vc = (bf16_bits(a) if seams["cache"] == "bf16" else a for a in (k, v))
+    kc, vc = (bf16_bits(a) if seams["keys"] == "bf16" else a for a in (k, v))
     rows = positions.size
     sequence = np.arange(rows, dtype=np.int32)
     q = rng.standard_normal((rows, heads * dim), dtype=np.float32)

@@ -181,25 +181,27 @@ def quantize_rows(body: Function, inputs: Inputs) -> Answer:
 
 
 def cache_write(body: Function, inputs: Inputs) -> Answer:
-    """scatter(cache, slots, transpose(x), axis=1) in place: the rows of x [rows, heads, D] into cache [heads, slots, D]."""
+    """scatter(cache, slots, transpose(x), axis=1) in place: rows of x [rows, heads, D], maybe rounded, into cache [heads, slots, D]."""
     anchor = only(body, "scatter")
     if anchor is None:
         return None
     at = positions(body)
     cache, slots, updates = anchor.inputs
     chain = [anchor]
-    while updates.op.name in ("cast", "transpose"):
+    while updates.op.name in ("cast", "quantize", "transpose"):
         chain.append(updates)
         updates = updates.inputs[0]
     moved = [n for n in chain if n.op.name == "transpose"]
-    if anchor.attrs["axis"] != 1 or cache.tensor.rank != 3 or len(moved) != 1 or moved[0].attrs["axes"] != (1, 0, 2):
+    heads, extent, width = cache.shape if cache.tensor.rank == 3 else (0, 0, 0)
+    if cache.tensor.rank == 3 and (reason := cache_unfit(cache.dtype, width)):
+        return Refusal(reason)
+    if anchor.attrs["axis"] != 1 or not heads or len(moved) != 1 or moved[0].attrs["axes"] != (1, 0, 2):
         return Refusal("a cache write is scatter(cache, slots, transpose(x, (1, 0, 2)), axis=1)")
     if body.results != (anchor,) or set(body.nodes) - {*chain, cache, slots, updates} or not {cache, slots, updates} <= at.keys():
         return Refusal("a cache write is claimed alone")
-    heads, extent, width = cache.shape
-    if cache.dtype not in ("f32", "bf16") or updates.dtype != "f32" or slots.dtype != "i32" or not isinstance(width, int):
-        return Refusal("a cache write stores f32 rows to an f32 or bf16 cache by i32 slots")
-    if len(chain) > 3 or any(n.op.name == "cast" and n.dtype != cache.dtype for n in chain):
+    if updates.dtype != "f32" or slots.dtype != "i32":
+        return Refusal("a cache write stores f32 rows by i32 slots")
+    if len(chain) > 3 or any(n.op.name in ("cast", "quantize") and n.dtype != cache.dtype for n in chain):
         return Refusal("a cache write converts only to the type of the cache")
     used = kernel("cache_write", kv_heads=heads, head_dim=width, cache=cache.dtype)
     call = arguments(
@@ -220,18 +222,31 @@ def cached_attention(body: Function, inputs: Inputs) -> Answer:
     count, heads, width = q.shape
     if refusal := _head_fits(width, v.shape[2]):
         return refusal
-    if q.dtype != "f32" or k.dtype != v.dtype or k.dtype not in ("f32", "bf16"):
-        return Refusal("cached attention takes f32 queries and two caches of f32 or bf16")
+    if q.dtype != "f32":
+        return Refusal("cached attention takes f32 queries")
+    if reason := cache_unfit(k.dtype, width) or cache_unfit(v.dtype, width):
+        return Refusal(reason)
     a = anchor.attrs
     used = kernel(
         "attention", variant="cached", heads=heads, kv_heads=k.shape[0], head_dim=width, scale=float(a["scale"]),
-        window=a["window"], soft_cap=a["softcap"], cache=k.dtype,
+        window=a["window"], soft_cap=a["softcap"], keys=k.dtype, values=v.dtype,
     )  # fmt: skip
     call = arguments(
         count, k.shape[1], table.shape[1], ("input", at[q]), heads * width, ("input", at[k]), ("input", at[v]),
         ("input", at[position]), ("input", at[sequence]), ("input", at[table]), ("output", 0),
     )  # fmt: skip
-    return Claim(used, call, what=f"{k.dtype} cache")
+    return Claim(used, call, what=f"{k.dtype} cache" if k.dtype == v.dtype else f"{k.dtype} keys, {v.dtype} values")
+
+
+def cache_unfit(name: str, width: SizeLike) -> str:
+    """Why the kernels keep no cache of an element type with heads of that width; empty when they do."""
+    kind = dtype(name)
+    whole = {"f32": 8, "bf16": 8, "f16": 8, "int8": 16}.get(name, 32 if name.startswith("uint4_g") and kind.group % 16 == 0 else 0)
+    if not whole:
+        return f"no kernel keeps a cache of {name}; f32, bf16, f16, int8 and uint4 by groups of a multiple of 16 are kept"
+    if not isinstance(width, int) or width % whole or (kind.group and width % kind.group):
+        return f"a cache of {name} needs heads of a multiple of {max(whole, kind.group)}, not of {width}"
+    return ""
 
 
 def attention(body: Function, inputs: Inputs) -> Answer:

@@ -102,7 +102,7 @@ def test_top_k(run: Run, rows: int, n: int, k: int, ties: bool) -> None:
     """The largest first, of equal ones the lower index; short rows are filled up."""
     x = np.random.default_rng([rows, n, k]).standard_normal((rows, n)).astype(np.float32)
     if ties:
-        x = np.round(x * 2) / 2
+        x = (np.round(x * 2) / 2).astype(np.float32)
         x[:, ::3] = -np.inf
 
     def call(library: Any, handle: int) -> tuple[Array, ...]:

@@ -12,6 +12,7 @@ from stemma.codegen.program import attach, program_table, programs_of
 from stemma.ir import MAIN, Array, Module, StemmaError, WeightStore, merge_models
 from stemma.library import listed, mixed_tokens, models_used, reads_hidden, summary
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext
+from stemma.passes.calibrate import Calibrated
 from stemma.passes.heads import Heads
 from stemma.passes.manager import PassRecord, run_pipeline
 from stemma.passes.measure import Loss, Meter
@@ -32,8 +33,8 @@ class Compilation:
     """A compile under way: what it was given, and what it has found out so far (`models` and `programs` are called in this order).
 
     records: of the passes on the main model and on the programs. infos: every model by name. entries: what the manifest says of
-    further models. needs: of the program passes; hidden becomes true when a program reads hidden states. mix: tokens that programs
-    mix in one row.
+    further models. workspace: see `PassContext`. needs: of the program passes; hidden becomes true when a program reads hidden
+    states. mix: tokens that programs mix in one row.
     """
 
     checkpoint: Checkpoint
@@ -46,6 +47,7 @@ class Compilation:
     calibration: Calibration
     verify_each: bool
     dump: Path | None
+    workspace: Path | None
     report: Progress
     records: list[PassRecord] = field(default_factory=list)
     infos: dict[str, ModelInfo] = field(default_factory=dict)
@@ -141,8 +143,11 @@ class Compilation:
         )  # fmt: skip
         lossy = any(step.label == "lossy" for step in steps)
         documents: tuple[Array, ...] = ()
-        if lossy and self.causal:
-            documents = self.calibration.documents(checkpoint, int(module.properties["vocab"]), self.notes)
+        samples: tuple[Array, ...] = ()
+        if self.causal and any(isinstance(step, Calibrated) for step in steps):
+            documents, samples = self.calibration.split(checkpoint, int(module.properties["vocab"]), self.notes)
+        elif self.causal and lossy:
+            documents = samples = self.calibration.documents(checkpoint, int(module.properties["vocab"]), self.notes)
         meter = Meter(module, weights, documents) if lossy else None
 
         def measure(step: Pass, changed: Module) -> Mapping[str, Any]:
@@ -153,8 +158,12 @@ class Compilation:
             return asdict(loss)
 
         result = run_pipeline(
-            module, steps, PassContext(weights=weights, calibration=documents, source=checkpoint.home), dump=dump,
-            start_after=start_after, verify_each=self.verify_each, measure=measure,
+            module, steps,
+            PassContext(
+                weights=weights, calibration=samples, workspace=self.workspace, report=self.report, notes=self.notes,
+                source=checkpoint.home,
+            ),
+            dump=dump, start_after=start_after, verify_each=self.verify_each, measure=measure,
             progress=lambda step, number, count: self.report("rewriting", number, count),
         )  # fmt: skip
         return result.module, result.records, weights

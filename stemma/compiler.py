@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def compile(
     models: Mapping[str, str | Path | Source] | Sequence[str | Source] = (),
     programs: Sequence[str | Program] | None = None,
     calibration: str | Path | None = None,
-    calibration_tokens: int = 256,
+    calibration_tokens: int | None = None,
     budget: Budget = Budget(),
     rows: int = 512,
     variants: Sequence[str] | None = None,
@@ -95,9 +96,12 @@ def compile(
     passes: specifications of passes to add ("name{option=value}" or "file.py:Class{...}"), run on the plain model after raising,
     or at the end when they are of the stage "program". models: further checkpoints for the programs, {"draft": folder} or
     "draft=folder,preset=exact"; they go through the same passes. programs: decoding programs, from the library by name or
-    "file.py:function"; by default `generate` for language models. calibration: a text file to measure losses on; by default the
-    source of a few modules of Python's library. variants: CPU instruction sets ("native": the best of this machine); default all.
+    "file.py:function"; by default `generate` for language models. calibration: a text file to measure losses and calibrate on; by
+    default the source of a few modules of Python's library. calibration_tokens: how much of it passes calibrate on (8192; losses
+    are measured on others), or, when none does, losses are measured on (256). variants: CPU instruction sets ("native": the best of
+    this machine); default all.
     dump, start_after, verify_each: see `passes.manager`; further models and the programs have folders of their own in `dump`.
+    What calibration has finished is kept beside `output` until the compile succeeds: the same call goes on from there.
     Raises StemmaError subclasses; `output` is then left as it was.
     """
     from stemma.calibration import DOCUMENT_TOKENS, Calibration, read_text
@@ -125,24 +129,38 @@ def compile(
     text = read_text(calibration) if calibration is not None else None
     report("reading the checkpoint", 0, 1)
     checkpoint = load_checkpoint(source, tokenizer)
+    workspace = output.with_name(f".{output.name}.calibration")
     if programs is None and checkpoint.kind == "causal_lm":
         wanted = [find_program(DEFAULT_PROGRAM)]
     work = Compilation(
         checkpoint, [(s, load_checkpoint(s.folder)) for s in others], wanted, added, needs, preset, rows,
-        Calibration(text, calibration_tokens), verify_each, Path(dump) if dump else None, report,
+        Calibration(text, calibration_tokens), verify_each, Path(dump) if dump else None, workspace, report,
     )  # fmt: skip
-    module, weights = work.models(start_after, budget.check)
-    module = work.programs(module, weights)
-    built = build(
-        module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
-        manifest_extra=work.manifest(module), progress=report,
-    )  # fmt: skip
-    if "lossy" in work.labels.values():
-        report("measuring programs", 0, 1)
-        found = measure_programs(
-            output, Calibration(text, DOCUMENT_TOKENS * PROMPTS).documents(checkpoint, int(module.properties["vocab"]), [])
-        )
-        amend(output, lambda manifest: [manifest["programs"][name].update(loss=loss) for name, loss in found.items()])
-        work.notes += [f"{name}: {program_quality(loss)}" for name, loss in found.items()]
+    try:
+        module, weights = work.models(start_after, budget.check)
+        module = work.programs(module, weights)
+        built = build(
+            module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
+            manifest_extra=work.manifest(module), progress=report,
+        )  # fmt: skip
+        if "lossy" in work.labels.values():
+            report("measuring programs", 0, 1)
+            found = measure_programs(
+                output, Calibration(text, DOCUMENT_TOKENS * PROMPTS).documents(checkpoint, int(module.properties["vocab"]), [])
+            )
+            amend(output, lambda manifest: [manifest["programs"][name].update(loss=loss) for name, loss in found.items()])
+            work.notes += [f"{name}: {program_quality(loss)}" for name, loss in found.items()]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(workspace)) from None
+    shutil.rmtree(workspace, ignore_errors=True)
     seconds = time.perf_counter() - started
     return Report(output, built.bytes, seconds, tuple(work.records), work.loss, tuple(work.notes))
+
+
+def _kept(workspace: Path) -> str:
+    """What to tell who interrupts a compile."""
+    if not workspace.exists():
+        return ""
+    return (
+        f"What was calibrated so far is kept in {workspace}: the same command goes on from there. Remove it if you do not want to."
+    )

@@ -40,9 +40,12 @@ def compile_command(
         typer.Option("--pass", help='A pass to add, repeatable: "quantize{bits=4,group=64}" or "./my_pass.py:MyPass{alpha=0.5}".'),
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Text to measure losses on. Default: Python's own library source.")
+        Path | None, typer.Option(help="Text to measure losses on and to calibrate on. Default: Python's own library source.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(min=2, help="Tokens of calibration text to use.")] = 256,
+    calibration_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens to calibrate on (default 8192), or, if no pass does, to measure losses on (default 256)."),
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail when the mean KL divergence (nats per token) is above this.")] = None,
     max_perplexity: Annotated[float | None, typer.Option(help="Fail when perplexity grows by more than this factor.")] = None,
     min_top1: Annotated[float | None, typer.Option(help="Fail when the share of equal most likely tokens is below this.")] = None,

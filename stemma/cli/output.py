@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec
@@ -15,6 +16,7 @@ from rich.table import Table
 
 P = ParamSpec("P")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+TELL_AGAIN = 20.0  # seconds between lines on a long stage, where there is no terminal
 PIPE_WIDTH = 160  # columns of tables that no terminal bounds
 console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -41,8 +43,8 @@ def handled(function: Callable[P, None]) -> Callable[P, None]:
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             function(*args, **kwargs)
-        except KeyboardInterrupt:
-            _fail("Interrupted. Nothing was left half-written.", INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            _fail(f"Interrupted. {str(interrupt) or 'Nothing was left half-written.'}", INTERRUPTED)
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output has gone: nothing to tell it
             raise typer.Exit(1) from None
@@ -105,23 +107,31 @@ def _cell(value: object) -> str:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (stage, done, total): a bar on a terminal, one plain line per stage elsewhere, nothing with --json."""
+    """A callback (stage, done, total): a bar on a terminal, plain lines elsewhere, nothing with --json; with the time left."""
     if _State.json:
         yield lambda stage, done, total: None
         return
     if not console.is_terminal:
-        seen: set[str] = set()
+        seen: dict[str, tuple[float, float]] = {}  # when a stage began, when it was last told of
 
         def line(stage: str, done: int, total: int) -> None:
-            if stage not in seen:
-                seen.add(stage)
+            now = time.monotonic()
+            began, told = seen.setdefault(stage, (now, now))
+            if began == now:
                 console.print(f"{stage} ...", markup=False)
+            elif now - told >= TELL_AGAIN and 0 < done < total:
+                seen[stage] = (began, now)
+                left = (now - began) * (total - done) / done
+                console.print(f"{stage}: {done / total:.0%}, about {_duration(left)} left", markup=False)
 
         yield line
         return
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
     with Progress(*columns, console=console) as bar:
         tasks: dict[str, TaskID] = {}
 
@@ -135,6 +145,10 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield update
         for task in tasks.values():
             bar.update(task, completed=bar.tasks[task].total or 1)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def human_bytes(count: float) -> str:

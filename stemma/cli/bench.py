@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from stemma.cli.output import console, handled, human_bytes, json_option, progre
 
 if TYPE_CHECKING:
     from stemma.runtime import Model
-    from stemma.runtime.roofline import KernelTime
+    from stemma.runtime.roofline import Roofline
 
 PROMPTS, PROMPT_TOKENS = 4, 64  # excerpts of text that speculation is measured on
 
@@ -58,14 +58,13 @@ def bench_command(
         speculation = _speculation(loaded, program, temperature, new_tokens, rounds, update)
     read = loaded.manifest.weights_bytes
     share = statistics.median(d * read / b for d, b in zip(decode, bandwidths, strict=True))
-    kernels = kernel_times(loaded, ceilings, context=min(128, loaded.context - 1)) if roofline else []
+    step = kernel_times(loaded, ceilings, context=min(128, loaded.context - 1)) if roofline else None
     data = {
         "model": str(model), "variant": loaded.variant, "threads": loaded.threads, "weight_bytes": read, "rounds": rounds,
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "prefill_tokens_per_second": statistics.median(prefill),
         "decode_tokens_per_second": statistics.median(decode), "decode_min": min(decode), "decode_max": max(decode),
         "between_steps_microseconds": statistics.median(between), "read_bandwidth": statistics.median(bandwidths),
-        "share_of_bandwidth": share, "kernels": [vars(k) | {"share": k.share} for k in kernels],
-        "speculation": speculation,
+        "share_of_bandwidth": share, "speculation": speculation, **(roofline_data(step) if step else {}),
     }  # fmt: skip
 
     def text() -> None:
@@ -79,8 +78,8 @@ def bench_command(
         console.print(f"Decoding reads {human_bytes(read)} of weights per token: {share:.0%} of the measured bandwidth.")
         if speculation is not None:
             _print_speculation(speculation)
-        if kernels:
-            print_roofline(kernels)
+        if step is not None:
+            print_roofline(step)
 
     show(data, text)
 
@@ -147,8 +146,15 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def print_roofline(kernels: Sequence[KernelTime]) -> None:
-    """One row per kind of kernel, the largest first; the last row is the sum."""
+def roofline_data(step: Roofline) -> dict[str, Any]:
+    """As JSON."""
+    kernels = [vars(k) | {"share": k.share} for k in step.kernels]
+    return {"kernels": kernels, "step_seconds": step.seconds, "explained": step.explained}
+
+
+def print_roofline(step: Roofline) -> None:
+    """One row per kind of kernel, the largest first; then their sum, and how much of a whole step that is."""
+    kernels = step.kernels
     groups: dict[tuple[str, str], list[float]] = {}
     for k in kernels:
         sums = groups.setdefault((k.name, k.what), [0.0] * 5)
@@ -159,3 +165,4 @@ def print_roofline(kernels: Sequence[KernelTime]) -> None:
     named.append(("all", [sum(column) for column in zip(*groups.values(), strict=True)]))
     rows = [(name, int(v[0]), *v[1:], f"{v[3] / v[4]:.0%}" if v[4] else "-") for name, v in named]
     table(("kernel", "launches", "MFLOP", "MB", "floor us", "measured us", "share"), rows)
+    console.print(f"The kernels are {step.explained:.1%} of a step, which takes {step.seconds * 1e6:.4g} us.")

@@ -149,13 +149,13 @@ def _weights(manifest: dict[str, Any]) -> None:
 
 def _roofline(path: Path, rows: int, context: int | None) -> None:
     import stemma
-    from stemma.cli.bench import print_roofline
+    from stemma.cli.bench import print_roofline, roofline_data
     from stemma.runtime.roofline import measure_ceilings, roofline
 
     loaded = stemma.load(path)
     ceilings = measure_ceilings(loaded.device)
     context = max(0, min(128, loaded.context - rows)) if context is None else context
-    kernels = roofline(loaded, ceilings, rows=rows, context=context)
+    step = roofline(loaded, ceilings, rows=rows, context=context)
 
     def text() -> None:
         units = ", ".join(
@@ -164,6 +164,6 @@ def _roofline(path: Path, rows: int, context: int | None) -> None:
         console.print(
             f"{loaded.threads} threads, {loaded.variant}: reads {ceilings.bandwidth / 1e9:.1f} GB/s, {units}", markup=False
         )
-        print_roofline(kernels)
+        print_roofline(step)
 
-    show({"ceilings": vars(ceilings), "kernels": [vars(k) | {"share": k.share} for k in kernels]}, text)
+    show({"ceilings": vars(ceilings), **roofline_data(step)}, text)

@@ -59,7 +59,7 @@ def measure_ceilings(device: Device) -> Ceilings:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The kernels of a step, and the seconds of a whole step without a clock in it (medians, measured in turns with the kernels)."""
+    """The kernels of a step, and the seconds of a whole step without a clock in it: medians, measured in turns."""
 
     kernels: tuple[KernelTime, ...]
     seconds: float

@@ -1,10 +1,13 @@
-"""What each drafter brings: `python -m benchmarks.speculation [--preset exact] [--prompts 24] [--draft NAME ...] > table.md`.
+"""What each drafter brings: `python -m benchmarks.speculation [--preset balanced] [--prompts 24] [--draft NAME ...] > table.md`.
 
 The bundled target continues prompts from source files that neither it nor a drafter was trained on. All drafters run on one
 artifact, as speculated programs need no compiler. Per prompt the plain program and the speculated one run one after the other, in
 turns; a row has the medians over prompts of tokens per second and of their ratio (quartiles in brackets), tokens per call of the
 target, nodes per call, the share of time for drafting, and tokens that differ from the plain ones. Tables that a drafter keeps, and
 what the governor measured, begin empty and are filled by other prompts (--warm), which no number includes.
+
+--grow MB takes the target grown to so many megabytes of weights instead (benchmarks/grow.py), which computes the same: acceptance
+is that of the bundled model, the cost of a call that of a large model, bound by reading its weights.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import stemma
+from benchmarks.grow import NEURONS, grow
 from stemma.codegen.program import Listed, attach
 from stemma.compiler import compile
 from stemma.ir import Module
@@ -34,23 +38,31 @@ HEADS = EXAMPLES / "models" / "heads"
 ALL = f"draft_model+medusa{{folder={HEADS}}}+hydra{{folder={HEADS}}}+early_exit{{layers_kept=1}}"
 ROWS = (
     ("prompt_lookup", 16, "measured"),
-    ("lookahead", 32, "measured"),
+    ("lookahead", 16, "measured"),
     ("recycling", 81, "fixed"),
-    ("recycling", 64, "measured"),
-    ("stand", 32, "measured"),
-    ("medusa", 32, "measured"),
-    ("hydra", 32, "measured"),
-    ("early_exit", 32, "measured"),
-    ("draft_model{shape=chain}", 9, "measured"),
+    ("recycling", 16, "measured"),
+    ("stand", 16, "measured"),
+    ("medusa", 16, "measured"),
+    ("hydra", 16, "measured"),
+    ("early_exit", 16, "measured"),
+    ("medusa", 32, "fixed"),
+    ("hydra", 32, "fixed"),
+    ("draft_model{shape=chain}", 4, "measured"),
     ("draft_model{shape=tree}", 32, "fixed"),
     ("draft_model{shape=dyspec}", 32, "fixed"),
     ("draft_model{exact=true}", 32, "fixed"),
     ("draft_model{shape=rsd,width=2,length=4}", 32, "fixed"),
     ("draft_model{shape=beam,width=4}", 32, "fixed"),
-    ("draft_model", 32, "measured"),
-    ("stand+recycling", 64, "measured"),
-    ("lookahead+recycling", 64, "measured"),
-    ("lookahead+stand+recycling", 64, "measured"),
+    ("prompt_lookup+lookahead", 16, "measured"),
+    ("prompt_lookup+recycling", 16, "measured"),
+    ("prompt_lookup+stand", 16, "measured"),
+    ("lookahead+stand+recycling", 16, "measured"),
+    ("prompt_lookup", 4, "fixed"),
+    ("prompt_lookup", 6, "fixed"),
+    ("lookahead", 3, "fixed"),
+    ("stand", 3, "fixed"),
+    ("recycling", 2, "fixed"),
+    ("recycling", 3, "fixed"),
 )  # fmt: skip
 
 
@@ -129,12 +141,12 @@ def measure(model: stemma.Model, options: str, texts: list[list[int]], warm: int
     return row
 
 
-def artifact(preset: str, folder: Path) -> Path:
-    """The bundled target with everything that drafters need."""
+def artifact(preset: str, folder: Path, target: Path = EXAMPLES / "models" / "target") -> Path:
+    """The bundled target, or another checkpoint of it, with everything that drafters need."""
     output = folder / f"{preset}.stemma"
     step = make_pass(f'speculate{{draft="{ALL}",shape=fixed}}')
     compile(
-        EXAMPLES / "models" / "target", output, preset=preset, passes=(step,), variants=("native",),
+        target, output, preset=preset, passes=(step,), variants=("native",),
         models=(Source("draft", EXAMPLES / "models" / "draft"),),
     )  # fmt: skip
     return output
@@ -142,7 +154,8 @@ def artifact(preset: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="exact")
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--grow", type=float, metavar="MB", help="the target with so many megabytes of weights")
     parser.add_argument("--artifact", type=Path, help="an artifact with all the models, instead of making one")
     parser.add_argument("--draft", action="append", help="options of speculate: draft=recycling,budget=64")
     parser.add_argument("--prompts", type=int, default=24)
@@ -154,7 +167,12 @@ def main() -> None:
     given = parser.parse_args()
     rows = given.draft or [f'draft="{draft}",budget={budget},shape={shape}' for draft, budget, shape in ROWS]
     with tempfile.TemporaryDirectory() as folder:
-        model = stemma.load(given.artifact or artifact(given.preset, Path(folder)), threads=given.threads)
+        target = EXAMPLES / "models" / "target"
+        if given.grow:
+            layers = grow(target, Path(folder, "grown"), given.grow)
+            print(f"The target grown to {layers} layers of {NEURONS} neurons, which compute the same.")
+            target = Path(folder, "grown")
+        model = stemma.load(given.artifact or artifact(given.preset, Path(folder), target), threads=given.threads)
         texts = prompts(model, given.warm + given.prompts, given.length)
         print(f"{given.prompts} prompts of {given.length} tokens, {given.tokens} new ones, temperature {given.temperature:g}:\n")
         print("| drafter | plain tok/s | speculated tok/s | ratio | tokens per call | nodes per call | drafting | differing |")

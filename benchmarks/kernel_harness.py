@@ -23,11 +23,15 @@ from stemma.ir import quantize_array
 
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-pthread", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "x86-64-v4": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
+    "x86-64-v4": ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"),
     "x86-64-v3": ("-march=x86-64-v3",),
     "portable": ("-march=x86-64",),
 }
-NEEDS = {"x86-64-v4": {"avx512bw", "avx512_vnni", "avx512_bf16"}, "x86-64-v3": {"avx2", "fma", "f16c"}, "portable": set[str]()}
+NEEDS = {
+    "x86-64-v4": {"avx512bw", "avx512_vnni", "avx512_bf16", "avx512_vbmi2"},
+    "x86-64-v3": {"avx2", "fma", "f16c"},
+    "portable": set[str](),
+}
 
 
 def supported(variant: str) -> bool:
@@ -156,6 +160,23 @@ def activations(x: Any, activation: str) -> tuple[Any, Any]:
     if activation == "f32":
         return np.ascontiguousarray(x), x.astype(np.float64)
     return bf16_rows(x) if activation == "bf16" else q8_rows(x, int(activation.removeprefix("q8_g")))
+
+
+def cache_rows(x: Any, name: str) -> tuple[Any, Any]:
+    """Reference cache_write: (stored rows u8 [.., bytes of a row], the f32 values that they stand for [.., D]) of f32 x [.., D]."""
+    if name in ("f32", "f16"):
+        stored = x.astype(np.float32 if name == "f32" else np.float16)
+        return stored.view(np.uint8), stored.astype(np.float32)
+    if name == "bf16":
+        return bf16_bits(x).view(np.uint8), bf16_values(bf16_bits(x))
+    rounded = quantize_array(x, name)
+    codes, scales = rounded.codes, rounded.scales + np.float32(0)  # not -0
+    if name == "int8":
+        return np.concatenate([codes.view(np.uint8), scales.view(np.uint8)], axis=-1), rounded.dequantize()
+    lanes = codes.reshape(*x.shape[:-1], -1, 8, 2).astype(np.uint32)  # number 2n + e of sixteen is nibble n of word e
+    words = (lanes << np.arange(0, 32, 4, dtype=np.uint32)[:, None]).sum(-2, dtype=np.uint32).reshape(*x.shape[:-1], -1)
+    sides = np.stack([scales, rounded.parts["zeros"]], -1).astype(np.float16).reshape(*x.shape[:-1], -1)
+    return np.concatenate([words.view(np.uint8), sides.view(np.uint8)], axis=-1), rounded.dequantize()
 
 
 def linear(name: str, weight: str, activation: str, **seams: Any) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.kernel_harness import NAMES, Library, build, same_bits, source
-from stemma.backends.cpu.formats.plain import bf16_bits, bf16_values
+from benchmarks.kernel_harness import NAMES, Library, build, cache_rows, same_bits, source
 from stemma.backends.cpu.render_templates import render
 
 U = 2.0**-24
@@ -23,7 +22,11 @@ CACHED: dict[str, dict[str, Any]] = {
     "gqa": dict(heads=8, kv_heads=2, head_dim=64, scale=0.125, keys="f32", values="f32"),
     "mha_odd": dict(heads=3, kv_heads=3, head_dim=40, scale=0.2, keys="bf16", values="bf16", window=70, soft_cap=20.0),
     "wide": dict(heads=2, kv_heads=1, head_dim=256, scale=0.0625, keys="bf16", values="bf16"),
+    "int8": dict(heads=8, kv_heads=2, head_dim=32, scale=0.2, keys="int8", values="int8", window=70, soft_cap=20.0),
+    "int4": dict(heads=3, kv_heads=1, head_dim=96, scale=0.1, keys="uint4_g32", values="uint4_g32"),
+    "f16": dict(heads=2, kv_heads=2, head_dim=24, scale=0.2, keys="f16", values="f16"),
 }  # fmt: skip
+STORED = ("f16", "int8", "uint4_g16", "uint4_g32", "uint4_g64")
 FULL: dict[str, dict[str, Any]] = {
     "causal": dict(heads=4, kv_heads=2, head_dim=32, scale=0.25, causal=True, bias=False, window=20, causal_offset="S - T"),
     "biased": dict(heads=4, kv_heads=4, head_dim=24, scale=0.25, causal=False, bias=True),
@@ -33,6 +36,7 @@ FULL: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="session")
 def libraries() -> dict[str, Library]:
     kernels = [attention(f"cached_{n}", variant="cached", **seams) for n, seams in CACHED.items()]
+    kernels += [render("cache_write.hpp.j2", name=f"write_{n}", kv_heads=2, head_dim=64, cache=n) for n in STORED]
     return build(source([*kernels, *(attention(f"full_{n}", variant="full", **seams) for n, seams in FULL.items())]))
 
 
@@ -63,14 +67,7 @@ def test_attention_cached(library: Library, name: str) -> None:
     seams: dict[str, Any] = CACHED[name]
     rng = np.random.default_rng(13)
     heads, kv, dim, slots, context = seams["heads"], seams["kv_heads"], seams["head_dim"], 400, 200
-    kc: Any
-    vc: Any
-    k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
-    if seams["keys"] == "bf16":
-        kc, vc = bf16_bits(k), bf16_bits(v)
-        k, v = bf16_values(kc), bf16_values(vc)
-    else:
-        kc, vc = k, v
+    (kc, k), (vc, v) = (cache_rows(rng.standard_normal((kv, slots, dim), dtype=np.float32), seams[n]) for n in ("keys", "values"))
     table = rng.permutation(slots).astype(np.int32).reshape(2, context)
     positions = np.array([*range(60, 100), -1, 0, 1, 63, 64, 65, 127, 199], np.int32)
     sequence = np.array([0] * 40 + [1, 1, 1, 0, 0, 1, 1, 1], np.int32)
@@ -142,8 +139,7 @@ def test_attention_in_a_tree(library: Library, name: str, scattered: bool) -> No
         used = np.unique(table[table >= 0])
         order = {int(s): i for i, s in enumerate(dict.fromkeys([*map(int, table[6]), *map(int, used)])) if s >= 0}
         table = np.array([[order[int(s)] + 3 if s >= 0 else -7 for s in row] for row in table], np.int32)
-    k, v = (rng.standard_normal((kv, slots, dim), dtype=np.float32) for _ in range(2))
-    kc, vc = (bf16_bits(a) if seams["keys"] == "bf16" else a for a in (k, v))
+    kc, vc = (cache_rows(rng.standard_normal((kv, slots, dim), dtype=np.float32), seams[n])[0] for n in ("keys", "values"))
     rows = positions.size
     sequence = np.arange(rows, dtype=np.int32)
     q = rng.standard_normal((rows, heads * dim), dtype=np.float32)
@@ -154,7 +150,7 @@ def test_attention_in_a_tree(library: Library, name: str, scattered: bool) -> No
         for r in range(rows):
             own = np.arange(context, dtype=np.int32)[None]
             length = int(positions[r]) + 1
-            ko, vo = np.zeros((2, kv, context, dim), kc.dtype)
+            ko, vo = (np.zeros((kv, context, c.shape[2]), c.dtype) for c in (kc, vc))
             ko[:, :length], vo[:, :length] = kc[:, table[r, :length]], vc[:, table[r, :length]]
             zero = np.zeros(1, np.int32)
             for cache_k, cache_v, size, where in ((kc, vc, slots, table[r : r + 1].copy()), (ko, vo, context, own)):
@@ -191,3 +187,40 @@ def test_attention_full(library: Library, name: str, t: int, s: int) -> None:
                 keys, values = k[b, g, low : last + 1].astype(np.float64), v[b, g, low : last + 1].astype(np.float64)
                 expected, bound = softmax_attention(q[b, i, h].astype(np.float64), keys, values, seams["scale"], None, added)
                 assert np.abs(y[b, i, h] - expected).max() <= bound
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_cache_write(library: Library, name: str) -> None:
+    """The bytes of the format's own rounding, for ordinary and for difficult rows; other slots stay as they are."""
+    rng = np.random.default_rng(18)
+    x = rng.standard_normal((9, 2, 64), dtype=np.float32)
+    x[1] = 0
+    x[2] = np.abs(x[2]) + 3
+    x[3] *= np.float32(1e-6)
+    x[4] = np.round(x[4] * 4) / 4  # ties
+    x[5, :, 7] = 300
+    x[6] *= np.float32(2e4)
+    stored, _ = cache_rows(x, name)
+    expected = np.full((2, 12, stored.shape[2]), 0xAB, np.uint8)
+    slot = np.array([3, 11, 0, 9, 8, -1, 4, 12, 7], np.int32)
+    for r in range(9):
+        if 0 <= slot[r] < 12:
+            expected[:, slot[r]] = stored[r]
+    for threads in (1, 2):
+        cache = np.full_like(expected, 0xAB)
+        rows = np.concatenate([x.reshape(9, 128), np.zeros((9, 3), np.float32)], axis=1)
+        library.call(f"write_{name}", threads, 9, 12, rows, 131, slot, cache)
+        assert np.array_equal(cache, expected)
+
+
+@pytest.mark.parametrize("name", ("int8", "uint4_g32"))
+@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
+def test_cache_write_keeps_nan(library: Library, name: str, bad: float) -> None:
+    """A row or a group that is not finite has the scale NaN: it is not silently a number."""
+    x, slot = np.ones((1, 128), np.float32), np.zeros(1, np.int32)
+    x[0, 40] = bad
+    cache = np.zeros((2, 1, cache_rows(np.zeros((1, 64), np.float32), name)[0].shape[1]), np.uint8)
+    library.call(f"write_{name}", 1, 1, 1, x, 128, slot, cache)
+    sides = cache[0, 0, 64:].view(np.float32) if name == "int8" else cache[0, 0, 32:].view(np.float16)[::2]
+    assert np.isnan(sides[-1])
+    assert name == "int8" or np.isfinite(sides[0])

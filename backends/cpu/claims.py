@@ -181,7 +181,7 @@ def quantize_rows(body: Function, inputs: Inputs) -> Answer:
 
 
 def cache_write(body: Function, inputs: Inputs) -> Answer:
-    """scatter(cache, slots, transpose(x), axis=1) in place: rows of x [rows, heads, D], maybe rounded, into cache [heads, slots, D]."""
+    """scatter(cache, slots, transpose(x), axis=1) in place: x [rows, heads, D], maybe rounded, to a cache [heads, slots, D]."""
     anchor = only(body, "scatter")
     if anchor is None:
         return None

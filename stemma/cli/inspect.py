@@ -57,6 +57,8 @@ def _write_page(html: Path, manifest: dict[str, Any], model: Path) -> None:
 
 
 def _summary(path: Path, manifest: dict[str, Any]) -> None:
+    from stemma.runtime.manifest import parse_manifest
+
     console.print(
         f"{manifest['name']} ({manifest['kind']}), {human_bytes(path.stat().st_size)}, made by stemma {manifest['stemma']}",
         markup=False,
@@ -70,6 +72,9 @@ def _summary(path: Path, manifest: dict[str, Any]) -> None:
         if function["states"]:
             first = function["states"][0]
             console.print(f"  {len(function['states'])} states such as {first['name']}: {_type(first)}", markup=False)
+            types = " and ".join(dict.fromkeys(t["dtype"] for t in function["states"]))
+            each = sum(t.nbytes({"slots": 1}) for t in parse_manifest(manifest).functions[name].states)
+            console.print(f"  cache: {types}, {human_bytes(each)} per token", markup=False)
     by_type: dict[str, list[int]] = {}
     for tensor in manifest["weights"]["tensors"]:
         total = by_type.setdefault(tensor["dtype"], [0, 0])

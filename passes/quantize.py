@@ -9,31 +9,61 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from stemma.ir import Function, Module, Node, PassError, constant_nodes, dtype, ops
+from stemma.ir import Format, Function, Module, Node, PassError, TypeMismatch, constant_nodes, dtype, format_of, ops
 from stemma.passes.base import Label, Pass, PassContext
+
+GROUPS = (32, 64, 128)
+"""Columns that may share a scale: those that kernels are made for. int2 also has 256."""
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Store weights of linears and embeddings in fewer bits: bits=8 per output channel, bits=4 by groups along the input.
+    """Store weights of linears and embeddings in fewer bits, rounded to nearest (see `stemma.ir.quantize_array`).
 
-    Symmetric, round to nearest (see `stemma.ir.quantize_array`). A tied embedding stays tied. `embeddings=False` leaves embeddings
-    and what is tied to them alone.
+    bits: 8, 4, 3, 2, or 1 with lookup. group: columns of a row that share a scale, 0 for the whole row (8 bits); None is 0 for 8
+    bits and 64 for fewer. symmetric: a scale only, else also a zero point (4, 3 and 2 bits). lookup: kernels that look sums up in
+    tables instead of multiplying (T-MAC). format: an element type by name, such as "ternary_g64" or "q4_k", in place of all of
+    these. A tied embedding stays tied; `embeddings=False` leaves embeddings and what is tied to them alone.
     """
 
     bits: int = 4
-    group: int = 64
+    group: int | None = None
+    symmetric: bool = True
+    lookup: bool = False
+    format: str = ""
     embeddings: bool = True
     name: ClassVar[str] = "quantize"
     label: ClassVar[Label] = "lossy"
 
     def run(self, module: Module, context: PassContext) -> Module:
-        """The module with quantized weights; PassError when a weight's rows are no multiple of the group."""
-        if self.bits not in (4, 8):
-            raise PassError(f"quantize: bits={self.bits} is not available; use 8 or 4.")
-        return module.map(self._function)
+        """The module with quantized weights; PassError for options without a format, and rows that the format does not take."""
+        chosen = self._format()
+        return module.map(lambda f: self._function(f, chosen))
 
-    def _function(self, function: Function) -> Function:
+    def _format(self) -> Format:
+        """The element type that the options mean."""
+        if self.format:
+            try:
+                return format_of(self.format)
+            except TypeMismatch as error:
+                raise PassError(f"quantize: format={self.format!r} is not available. {error}") from None
+        group = self.group if self.group is not None else 0 if self.bits == 8 else 64
+        kinds = {
+            (8, True, False): "int8", **{(b, True, False): f"int{b}" for b in (4, 3, 2)},
+            **{(b, False, False): f"uint{b}" for b in (4, 3, 2)}, **{(b, True, True): f"lut{b}" for b in (4, 3, 2, 1)},
+        }  # fmt: skip
+        kind = kinds.get((self.bits, self.symmetric, self.lookup))
+        if kind is None:
+            raise PassError(
+                f"quantize: bits={self.bits}, symmetric={self.symmetric}, lookup={self.lookup} is not available; "
+                "use 8, 4, 3 or 2 bits, of those 4, 3 and 2 also with symmetric=false, or 4, 3, 2 or 1 with lookup=true."
+            )
+        groups = (*((0,) if kind == "int8" else ()), *GROUPS, *((256,) if kind == "int2" else ()))
+        if group not in groups:
+            raise PassError(f"quantize: {kind} has no kernel for group={group}; use one of {', '.join(map(str, groups))}.")
+        return format_of(f"{kind}_g{group}" if group else kind)
+
+    def _function(self, function: Function, chosen: Format) -> Function:
         constant = constant_nodes(function)
         embedded = {n.inputs[0] for n in function.nodes if n.op.name == "embedding"}
 
@@ -43,29 +73,30 @@ class Quantize(Pass):
                 return node.rebuild(*inputs)
             if node.inputs[index] in embedded and not self.embeddings:
                 return node.rebuild(*inputs)
-            weight = self._weight(inputs[index], node)
+            weight = _quantized(inputs[index], chosen, node)
             return node.rebuild(*inputs[:index], weight, *inputs[index + 1 :])
 
         return function.rewrite(replace)
 
-    def _weight(self, weight: Node, user: Node) -> Node:
-        columns = weight.shape[1]
-        if self.bits == 4 and isinstance(columns, int) and columns % self.group:
-            where = f" (at {user.origin.line})" if user.origin.line else ""
-            raise PassError(
-                f"quantize: a weight {weight.type!r}{where} has rows of {columns}, no multiple of group={self.group}. "
-                "Choose a group that divides every row, or bits=8."
-            )
-        wide = weight if weight.dtype == "f32" else ops.cast(weight, dtype="f32")
-        return ops.quantize(wide, dtype="int8" if self.bits == 8 else f"int4_g{self.group}")
+
+def _quantized(weight: Node, chosen: Format, user: Node) -> Node:
+    columns = weight.shape[1]
+    if isinstance(columns, int) and (reason := chosen.refusal(columns)):
+        where = f" (at {user.origin.line})" if user.origin.line else ""
+        raise PassError(
+            f"quantize: a weight {weight.type!r}{where} does not fit. {reason} Choose a group that divides every row, or bits=8."
+        )
+    wide = weight if weight.dtype == "f32" else ops.cast(weight, dtype="f32")
+    return ops.quantize(wide, dtype=chosen.name)
 
 
 @dataclass(frozen=True)
 class RoundActivations(Pass):
-    """Round the inputs of linears while running, so that narrow products can be used: bf16, or int8 by groups of 64.
+    """Round the inputs of linears while running, so that narrow products can be used: bf16, or int8 by groups.
 
-    bf16 is used with float weights, int8 (`q8_gN` with the group of the weight, 64 for weights scaled by channel) with quantized
-    weights; a linear whose weight does not fit keeps f32 inputs.
+    bf16 is used with float weights, int8 with quantized weights: `q8_gN` with the group that the weight's format names (its own
+    group up to 128, 64 for weights scaled by channel, 32 for GGUF's super-blocks, whose sub-blocks of 16 are summed as whole
+    numbers); a linear whose weight does not fit keeps f32 inputs.
     """
 
     dtype: str = "int8"
@@ -85,7 +116,8 @@ class RoundActivations(Pass):
         if self.dtype == "bf16" and weight.name == "bf16":
             return ops.linear(ops.cast(inputs[0], dtype="bf16"), *inputs[1:])
         columns = inputs[0].shape[-1]
-        group = weight.group or 64
-        if self.dtype == "int8" and weight.kind == "quantized" and isinstance(columns, int) and columns % group == 0:
-            return ops.linear(ops.quantize(inputs[0], dtype=f"q8_g{group}"), *inputs[1:])
+        if self.dtype == "int8" and isinstance(weight, Format) and isinstance(columns, int) and not weight.refusal(columns):
+            group = weight.activation_group
+            if columns % group == 0:
+                return ops.linear(ops.quantize(inputs[0], dtype=f"q8_g{group}"), *inputs[1:])
         return node.rebuild(*inputs)

@@ -51,7 +51,7 @@ def test_python_dash_m_and_no_arguments() -> None:
 def test_what_there_is() -> None:
     """passes, ops and targets, as tables and as JSON."""
     passes = {p["name"]: p for p in as_json("passes")}
-    assert passes["quantize"]["label"] == "lossy" and passes["quantize"]["options"] == {"bits": 4, "group": 64, "embeddings": True}
+    assert passes["quantize"]["label"] == "lossy" and passes["quantize"]["options"]["bits"] == 4
     assert {p.name for p in pipeline("small", (), causal=True, rows=1)} <= passes.keys()
     ops = {o["name"]: o for o in as_json("ops")}
     assert ops.keys() == OPS.keys() and all(o["doc"] and o["level"] for o in ops.values())

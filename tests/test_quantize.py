@@ -66,7 +66,7 @@ def test_zero_and_constant_groups_and_bad_values() -> None:
 def test_quantized_model_is_measured(bits: int, activations: str | None) -> None:
     """The loss is small for 8 bits, larger for 4, and exactly zero when nothing changed."""
     module, weights = tiny_lm()
-    changed: Module = Quantize(bits=bits, group=32).run(module, PassContext())
+    changed: Module = Quantize(bits=bits, group=0 if bits == 8 else 32).run(module, PassContext())
     if activations:
         changed = RoundActivations(dtype=activations).run(changed, PassContext())
     verify(changed)
@@ -94,12 +94,42 @@ def test_tied_embedding_stays_tied() -> None:
     assert kept.results[0].inputs[1].op.name == "weight"
 
 
+@pytest.mark.parametrize(
+    "options, weight, activation",
+    [
+        (Quantize(group=32), "int4_g32", "q8_g32"),
+        (Quantize(bits=8), "int8", "f32"),  # rows of 32 are no multiple of 64
+        (Quantize(bits=8, group=32), "int8_g32", "q8_g32"),
+        (Quantize(bits=3, group=32), "int3_g32", "q8_g32"),
+        (Quantize(bits=2, group=32, symmetric=False), "uint2_g32", "q8_g32"),
+        (Quantize(bits=1, group=32, lookup=True), "lut1_g32", "q8_g32"),
+        (Quantize(format="ternary_g32"), "ternary_g32", "q8_g32"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_options_name_a_format(options: Quantize, weight: str, activation: str) -> None:
+    """The element types of weights, and of activations that are rounded after."""
+    module, _ = tiny_lm()
+    changed = RoundActivations().run(options.run(module, PassContext()), PassContext())
+    linears = [n for n in changed["forward"].nodes if n.op.name == "linear"]
+    assert {n.inputs[1].dtype for n in linears} == {weight}
+    assert {n.inputs[0].dtype for n in linears} == {activation}
+
+
 def test_clear_errors() -> None:
     """A group that does not divide, an unknown width, no calibration text."""
     module, weights = tiny_lm()
-    with pytest.raises(PassError, match="no multiple of group=48"):
-        Quantize(bits=4, group=48).run(module, PassContext())
-    with pytest.raises(PassError, match="bits=5"):
-        Quantize(bits=5).run(module, PassContext())
+    for options, message in (
+        (Quantize(bits=4, group=128), "no multiple of the group 128 of int4_g128. Choose a group that divides every row"),
+        (Quantize(bits=4, group=48), "no kernel for group=48; use one of 32, 64, 128"),
+        (Quantize(bits=4, group=0), "no kernel for group=0"),
+        (Quantize(bits=5), "bits=5"),
+        (Quantize(bits=8, symmetric=False), "bits=8, symmetric=False, lookup=False is not available"),
+        (Quantize(bits=1), "or 4, 3, 2 or 1 with lookup=true"),
+        (Quantize(format="q5_k"), "There is no element type 'q5_k'"),
+        (Quantize(format="f32"), "f32 is not a quantized element type"),
+    ):
+        with pytest.raises(PassError, match=message):
+            options.run(module, PassContext())
     with pytest.raises(PassError, match="calibration"):
         Meter(module, store(weights), [np.array([3])])

@@ -69,11 +69,12 @@ def compile_command(
         )  # fmt: skip
 
     def text() -> None:
-        losses = [(r.name, quality(r.loss)) for r in report.records if r.label == "lossy" and r.loss]
+        changing = [r for r in report.records if r.label != "identical" and r.modified]
+        losses = [(r.name, quality(r.loss)) for r in changing if r.loss]
         console.print(f"Wrote {report.path} ({human_bytes(report.bytes)}) in {report.seconds:.1f} s.", markup=False)
         if losses:
             table(("lossy pass", "cost against the checkpoint, on calibration text"), losses)
-        else:
+        if not changing:
             console.print("Every pass is labelled identical: the artifact computes what the checkpoint says.")
         for record in report.records:
             print_choices(record.as_json())

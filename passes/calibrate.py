@@ -8,7 +8,7 @@ as in GPTQ (arXiv 2210.17323). Only values that are still needed are kept, and w
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -144,7 +144,7 @@ def _batches(documents: Sequence[Array]) -> Iterator[Array]:
 
 @dataclass(frozen=True)
 class Calibrated(Pass):
-    """Base of passes that choose the weights of linears by what the model's own activations say.
+    """Base of passes that look at what a model computes on the calibration text.
 
     A weight that several linears read is chosen once and stays shared; one that an embedding reads as well, or alone, is rounded
     to nearest and stays tied, or is left alone with `embeddings=False`. Results are kept in the context's workspace, so an
@@ -155,33 +155,25 @@ class Calibrated(Pass):
     embeddings: bool = True
 
     @abstractmethod
-    def stored_format(self) -> Format:
-        """The format of the new weights; PassError when an option is out of range."""
+    def target(self, columns: int) -> Format:
+        """The format of weights with so many columns; PassError when an option is out of range."""
 
-    @abstractmethod
-    def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
-        """The new values of `site.weights`, one after the other. take: float32 rows of a weight."""
+    def tied(self, forward: Function, weights: Iterable[Node]) -> dict[Node, Node]:
+        """Weights that embeddings read, and what takes their place: themselves, or themselves rounded to nearest.
 
-    def work(self, rows: int, columns: int) -> float:
-        """Operations that a weight costs, for the estimate of the time left."""
-        return columns * columns * (rows + columns)
-
-    def run(self, module: Module, context: PassContext) -> Module:
-        """The module with new weights; PassError when there is too little text, or a weight's rows do not fit the format."""
-        target = self.stored_format()
-        forward = module["forward"]
+        PassError when a row of those or of `weights` does not fit its format.
+        """
         tied = embedded_weights(forward)
-        left = [w for w in dict.fromkeys(n.inputs[1] for _, nodes in linear_sites(forward) for n in nodes) if w not in tied]
-        for node in (*(tied if self.embeddings else ()), *left):
-            if reason := target.refusal(int(str(node.shape[1]))):
+        for node in (*(tied if self.embeddings else ()), *weights):
+            if reason := self.target(columns_of(node)).refusal(columns_of(node)):
                 raise PassError(f"{self.name}: {label(node)} does not fit. {reason} Choose another format or group.")
-        replaced = {w: rounded(w, target.name) for w in tied} if self.embeddings else {}
-        if left:
-            self.check(forward, context)
-            replaced |= self._calibrated(module, context, target, left, {w: w for w in tied} | replaced)
-        elif not replaced:
-            return module
-        return module.map(lambda f: replace_weights(f, replaced))
+        return {w: rounded(w, self.target(columns_of(w)).name) if self.embeddings else w for w in tied}
+
+    def workspace(self, module: Module, context: PassContext) -> Workspace:
+        """Where results are kept; it is this calibration's own, by a hash of all that determines them."""
+        source = identity(context.source) if context.source is not None else ""
+        key = digest(self.name, sorted(self.options().items()), print_module(module), source, *context.calibration)
+        return Workspace(context.workspace if context.source is not None else None, key)
 
     def check(self, forward: Function, context: PassContext) -> None:
         """PassError when there is nothing, or too little, to calibrate on."""
@@ -200,25 +192,40 @@ class Calibrated(Pass):
                 "more tokens give better weights."
             )
 
-    def key(self, module: Module, context: PassContext) -> str:
-        """What determines the results, as a hash."""
-        source = identity(context.source) if context.source is not None else ""
-        return digest(self.name, sorted(self.options().items()), print_module(module), source, *context.calibration)
+
+@dataclass(frozen=True)
+class CalibratedWeights(Calibrated):
+    """Base of passes that store new codes for every weight of linears, one after the other."""
+
+    @abstractmethod
+    def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
+        """The new values of `site.weights`, one after the other. take: rows of a weight."""
+
+    def run(self, module: Module, context: PassContext) -> Module:
+        """The module with new weights; PassError when there is too little text, or a weight's rows do not fit the format."""
+        forward = module["forward"]
+        embedded = set(embedded_weights(forward))
+        read = dict.fromkeys(n.inputs[1] for _, nodes in linear_sites(forward) for n in nodes)
+        left = [w for w in read if w not in embedded]
+        replaced = self.tied(forward, left)
+        if left:
+            self.check(forward, context)
+            replaced |= self._calibrated(module, context, left, replaced)
+        changed = {w: new for w, new in replaced.items() if new is not w}
+        return module.map(lambda f: replace_weights(f, changed)) if changed else module
 
     def _calibrated(
-        self, module: Module, context: PassContext, target: Format, left: Sequence[Node], replaced: Mapping[Node, Node]
+        self, module: Module, context: PassContext, left: Sequence[Node], replaced: Mapping[Node, Node]
     ) -> dict[Node, Node]:
         """Every weight of `left` with the constant that takes its place."""
-        folder = context.workspace if context.source is not None else None
-        workspace = Workspace(folder, self.key(module, context))
+        workspace = self.workspace(module, context)
         made: dict[Node, Node] = {}
         for weight in left:
-            shape = tuple(int(str(s)) for s in weight.shape)
-            parts = target.parts(shape[1])
-            expected = {p: (np.dtype(t), (shape[0], *extent)) for p, (t, extent) in parts.items()}
-            if workspace.load(label(weight), expected):
-                made[weight] = self._add(context.weights, workspace, weight, target)
-        costs = {w: self.work(*(int(str(s)) for s in w.shape)) for w in left if w not in made}
+            rows, columns = rows_of(weight), columns_of(weight)
+            parts = self.target(columns).parts(columns).items()
+            if workspace.load(label(weight), {p: (np.dtype(t), (rows, *extent)) for p, (t, extent) in parts}):
+                made[weight] = self._add(context.weights, workspace, weight)
+        costs = {w: float(columns_of(w) ** 2 * (rows_of(w) + columns_of(w))) for w in left if w not in made}
         total, done = sum(costs.values()), 0.0
         if made and costs:
             context.notes.append(f"{self.name}: went on after {len(made)} of {len(left)} weights of an interrupted calibration.")
@@ -230,7 +237,7 @@ class Calibrated(Pass):
                 missing = Site(tuple(new), site.nodes, site.inputs)
                 for weight, value in self.choose(missing, lambda node: Rows(node, context.weights)):
                     workspace.save(label(weight), value.parts)
-                    made[weight] = self._add(context.weights, workspace, weight, target)
+                    made[weight] = self._add(context.weights, workspace, weight)
                     done += costs[weight]
                     context.report(f"calibrating ({self.name})", round(1000 * done / total), 1000)
             return {w: made[w] for w in site.weights}
@@ -240,14 +247,22 @@ class Calibrated(Pass):
             walk(module["forward"], context.calibration, context.weights, visit, replaced=replaced, until=costs.keys())
         return made
 
-    def _add(self, store: WeightStore, workspace: Workspace, weight: Node, target: Format) -> Node:
-        name = f"{label(weight)}:{self.name}"
-        type = Tensor(target.name, tuple(int(str(s)) for s in weight.shape))
-        stored = StoredQuantized(workspace, label(weight), target.name, list(target.parts(int(str(type.shape[1])))))
+    def _add(self, store: WeightStore, workspace: Workspace, weight: Node) -> Node:
+        name, target = f"{label(weight)}:{self.name}", self.target(columns_of(weight))
+        type = Tensor(target.name, (rows_of(weight), columns_of(weight)))
+        stored = StoredQuantized(workspace, label(weight), target.name, list(target.parts(columns_of(weight))))
         if name not in store:
             store.add(name, type, lambda: stored[0 : stored.shape[0]], lambda: stored)
         node: Node = ops.weight(name=name, type=type)
         return node
+
+
+def rows_of(weight: Node) -> int:
+    return int(str(weight.shape[0]))
+
+
+def columns_of(weight: Node) -> int:
+    return int(str(weight.shape[1]))
 
 
 def embedded_weights(function: Function) -> list[Node]:

@@ -1,13 +1,14 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): codes that keep a linear's outputs on calibration text, not its weights.
 
 Columns of W [N, K] are rounded one after the other; what rounding a column changes is made up for by the columns that are left,
-as the inverse Hessian of the inputs says: w_j -= (w_i - q_i) U_ij / U_ii for all j > i, with H^-1 = U^T U.
+as the inverse Hessian of the inputs says: w_j -= (w_i - q_i) U_ij / U_ii for all j > i, with H^-1 = U^T U. Pruning works alike
+(SparseGPT, arXiv 2301.00774): a pruned weight is one that is rounded to zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,19 +16,22 @@ from numpy.typing import NDArray
 
 from stemma.ir import Array, Format, Node, PassError, Quantized, Rows, format_of
 from stemma.ir.formats.base import as_f16
+from stemma.ir.formats.lookup import Lookup
 from stemma.ir.formats.uniform import Uniform
-from stemma.passes.calibrate import Calibrated, Site, float_rows, row_blocks
+from stemma.passes.calibrate import CalibratedWeights, Site, float_rows, row_blocks, rows_of
 from stemma.passes.hessian import Hessian, mean_squares
 
 BLOCK = 128  # columns that are updated at once by a matrix product
+Keep = Callable[[int, Array, Array], Array]
 
 
 @dataclass(frozen=True)
-class Gptq(Calibrated):
-    """Quantize weights with second-order compensation (GPTQ), for a format of uniform codes.
+class Gptq(CalibratedWeights):
+    """Quantize weights with second-order compensation (GPTQ), in a format of uniform codes or of lookup tables.
 
     damp: share of the mean of H's diagonal that is added to it. order: columns with the largest inputs first; with groups, whole
-    groups are ordered, and columns within each. Scales are fitted to the updated weights when their group begins.
+    groups are ordered, and columns within each. Scales are fitted to the updated weights when their group begins, and once more
+    to the outputs at the end.
     """
 
     format: str = "int4_g64"
@@ -35,42 +39,76 @@ class Gptq(Calibrated):
     order: bool = True
     name: ClassVar[str] = "gptq"
 
-    def stored_format(self) -> Format:
-        return uniform(self.name, self.format, self.damp)
+    def target(self, columns: int) -> Format:
+        uniform_of(self.name, self.format)
+        return format_of(self.format)
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
-        target = self.stored_format()
-        assert isinstance(target, Uniform)
-        squares = mean_squares(site.inputs)
-        order = column_order(squares, target.group) if self.order else np.arange(site.columns)
-        hessian = Hessian(site.inputs, squares, order, self.damp)
+        target = uniform_of(self.name, self.format)
+        hessian = hessian_of(self, site, target.group, self.damp, order=self.order)
         for weight in site.weights:
-            rows, count = take(weight), int(str(weight.shape[0]))
-            parts = [compensate(float_rows(rows, start, stop), hessian, target) for start, stop in row_blocks(count, site.columns)]
+            rows = take(weight)
+            parts = [
+                compensate(float_rows(rows, start, stop), hessian, target)
+                for start, stop in row_blocks(rows_of(weight), site.columns)
+            ]
             yield weight, Quantized.concatenate(parts)
 
 
-def uniform(owner: str, name: str, damp: float) -> Uniform:
-    """The uniform format of this name; PassError when it is another kind, or `damp` is out of range."""
+@dataclass(frozen=True)
+class _Signs(Uniform):
+    """lut1_gN with the interface of uniform codes: -1 and +1."""
+
+    def round_rows(self, values: NDArray[np.float32]) -> dict[str, Array]:
+        return format_of(self.name).round_rows(values)
+
+    def codes(self, grouped: NDArray[np.float32], scale: Array, zero: Array | None = None) -> NDArray[np.float32]:
+        return np.where((grouped < 0) ^ (scale[..., None] < 0), np.float32(-1), np.float32(1))
+
+
+def uniform_of(owner: str, name: str) -> Uniform:
+    """The uniform codes behind a format's name; PassError when it has none."""
     found = format_of(name)
+    if isinstance(found, Lookup):
+        if found.bits == 1:
+            return _Signs(name, "quantized", 1, found.group, low=-1, high=1)
+        same = format_of(f"int{found.bits}_g{found.group}")
+        assert isinstance(same, Uniform)
+        return replace(same, name=name)
     if not isinstance(found, Uniform) or name.startswith("q8"):
-        raise PassError(f"{owner}: format={name!r} has no uniform codes. Use int2_gN, int3_gN, int4_gN, int8, uint4_gN or alike.")
-    if not 0 <= damp <= 1:
-        raise PassError(f"{owner}: damp={damp} is out of range; use 0 to 1, 0.01 as a rule.")
+        raise PassError(f"{owner}: format={name!r} has no uniform codes. Use int4_g64, int2_gN, int3_gN, uint4_gN, int8 or alike.")
     return found
 
 
-def column_order(squares: NDArray[np.float64], group: int) -> NDArray[np.int64]:
-    """Columns by descending mean square; groups stay together, ordered by that of their largest column."""
+def hessian_of(owner: CalibratedWeights, site: Site, group: int, damp: float, *, order: bool, inner: bool = True) -> Hessian:
+    """The Hessian of a site's inputs, its columns in the order in which they are to be rounded (see `column_order`)."""
+    if not 0 <= damp <= 1:
+        raise PassError(f"{owner.name}: damp={damp} is out of range; use 0 to 1, 0.01 as a rule.")
+    squares = mean_squares(site.inputs)
+    columns = column_order(squares, group, inner=inner) if order else np.arange(site.columns)
+    return Hessian(site.inputs, squares, columns, damp)
+
+
+def column_order(squares: NDArray[np.float64], group: int, *, inner: bool = True) -> NDArray[np.int64]:
+    """Columns by descending mean square; groups stay together, ordered by that of their largest column.
+
+    inner: whether the columns of a group are ordered too.
+    """
     group = group or len(squares)
     grouped = squares.reshape(-1, group)
-    inner = np.argsort(-grouped, axis=1, kind="stable")
+    places = np.argsort(-grouped, axis=1, kind="stable") if inner else np.tile(np.arange(group), (len(grouped), 1))
     outer = np.argsort(-grouped.max(axis=1), kind="stable")
-    return np.asarray((outer[:, None] * group + inner[outer]).reshape(-1))
+    return np.asarray((outer[:, None] * group + places[outer]).reshape(-1))
 
 
-def compensate(weight: NDArray[np.float32], hessian: Hessian, target: Uniform) -> Quantized:
-    """GPTQ codes and scales of rows [R, K]."""
+def compensate(
+    weight: NDArray[np.float32], hessian: Hessian, target: Uniform, keep: Keep | None = None, sweeps: int = 1
+) -> Quantized:
+    """GPTQ codes and scales of rows [R, K].
+
+    keep: given the place of a group in its rows, its updated weights [G, R] and the diagonal of U there, says when the group begins
+    which weights are not pruned, bool [G, R]. sweeps: of the last fit of the scales, see `refit`.
+    """
     rows, columns = weight.shape
     group = target.group or columns
     w = np.ascontiguousarray(weight[:, hessian.order].T)  # [K, R]: a column is contiguous, and changes in place
@@ -78,6 +116,8 @@ def compensate(weight: NDArray[np.float32], hessian: Hessian, target: Uniform) -
     groups = hessian.order[::group] // group  # of each group in this order, its place in the row
     names = ("scales", "zeros") if target.zeros else ("scales",)
     sides = np.empty((2, columns // group, rows), np.float32)
+    diagonal = np.diagonal(hessian.factor(0, columns))
+    kept = np.ones((group, 1), np.bool_)
     block = BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group)
     for start in range(0, columns, block):
         stop = min(columns, start + block)
@@ -85,11 +125,17 @@ def compensate(weight: NDArray[np.float32], hessian: Hessian, target: Uniform) -
         errors = np.empty((stop - start, rows), np.float32)
         for i in range(start, stop):
             if i % group == 0:
-                fitted = target.round_rows(np.ascontiguousarray(w[i : i + group].T))
-                for side, part in zip(sides, names, strict=False):
-                    side[i // group] = fitted[part][:, 0]
+                part = w[i : i + group]
+                if keep is not None:
+                    kept = keep(int(groups[i // group]), part, diagonal[i : i + group])
+                    part = part * kept
+                fitted = target.round_rows(np.ascontiguousarray(part.T))
+                for side, name in zip(sides, names, strict=False):
+                    side[i // group] = fitted[name][:, 0]
             own = [side[i // group][:, None] for side in sides[: 1 + target.zeros]]
             codes[i] = target.codes(w[i][:, None, None], *own)[:, 0, 0]
+            if keep is not None:
+                codes[i] *= kept[i % group]
             value = codes[i] - own[1][:, 0] if target.zeros else codes[i]
             error = (w[i] - value * own[0][:, 0]) / factor[i - start, i - start]
             errors[i - start] = error
@@ -97,7 +143,7 @@ def compensate(weight: NDArray[np.float32], hessian: Hessian, target: Uniform) -
         if stop < columns:
             w[stop:] -= factor[:, stop - start :].T @ errors
     levels = codes - np.repeat(sides[1], group, axis=0) if target.zeros else codes
-    refit(weight[:, hessian.order].T, levels, sides[0], hessian, target)
+    refit(weight[:, hessian.order].T, levels, sides[0], hessian, target, sweeps)
     found = {"codes": codes, "scales": sides[0]} | ({"zeros": sides[1]} if target.zeros else {})
     places = {"codes": hessian.order, "scales": groups, "zeros": groups}
     return Quantized(target.name, {name: _placed(part, places[name], name) for name, part in found.items()})

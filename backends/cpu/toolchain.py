@@ -54,13 +54,15 @@ class Variant:
 
 
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "lzcnt", "movbe", "osxsave"})
-_V4 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512vbmi"})
+_V4 = frozenset(
+    {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512vbmi", "avx512_vbmi2"}
+)
 VARIANTS = {
     v.name: v
     for v in (
         Variant(
-            "x86-64-v4", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi"),
-            ("-mcpu=x86_64_v4+avx512vnni+avx512bf16+avx512vbmi",), _V3 | _V4,
+            "x86-64-v4", ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi", "-mavx512vbmi2"),
+            ("-mcpu=x86_64_v4+avx512vnni+avx512bf16+avx512vbmi+avx512vbmi2",), _V3 | _V4,
         ),
         Variant("x86-64-v3", ("-march=x86-64-v3",), ("-mcpu=x86_64_v3",), _V3),
         Variant("portable", (), ("-mcpu=baseline",), frozenset()),

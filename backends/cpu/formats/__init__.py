@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stemma.backends.cpu.formats import group_sparse, lookup, plain, planes, uniform
+from stemma.backends.cpu.formats import codebook, group_sparse, lookup, plain, planes, two_four, uniform
 from stemma.backends.cpu.formats.base import PANEL, UNIT, Bytes, Packing
 from stemma.ir import DType, Quantized, dtype
 
@@ -26,7 +26,7 @@ class Family(Protocol):
         """How weights of an element type are packed, or None when it is not of this family."""
 
 
-FAMILIES: tuple[Family, ...] = (plain, uniform, planes, lookup, group_sparse)
+FAMILIES: tuple[Family, ...] = (plain, uniform, planes, lookup, group_sparse, codebook, two_four)
 ACTIVATIONS = ("q8_g32", "q8_g64", "q8_g128")
 """Types of activations that are rounded while running."""
 

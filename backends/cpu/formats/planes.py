@@ -8,6 +8,10 @@ the sides, the numbers that say what codes mean, then the chunks.
 
 sides of int{2,3,8}_gN, ternary_gN    64 f16 scales
 sides of uint{2,3,4}_gN               64 f16 scales, 64 f16 zero points
+sides of q2_k, q4_k, q6_k             (256 columns) 64 f16 d, 64 f16 dmin if there is one, then for each sub-block 64 bytes:
+  q2_k  sub_scale | sub_minimum << 4
+  q4_k  sub_scale | (sub_minimum & 3) << 6, and after those of all 8, the minimums' other 4 bits: of two sub-blocks a byte
+  q6_k  sub_scale + 128
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from numpy.typing import NDArray
 
 from stemma.backends.cpu.formats.base import PANEL, Bytes, Packing, padded, quantized
 from stemma.ir import DType
+from stemma.ir.formats.two_level import SUPER, TwoLevel
 from stemma.ir.formats.uniform import Uniform
 
 GROUPS = (32, 64, 128)
@@ -112,8 +117,79 @@ class Groups(Planes):
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class SuperBlocks(Planes):
+    """Sides of GGUF's super-blocks; `rule` is the format, which says how many there are."""
+
+    @property
+    def rule(self) -> TwoLevel:
+        assert isinstance(self.format, TwoLevel)
+        return self.format
+
+    @property
+    def subs(self) -> int:
+        """Sub-blocks of a super-block."""
+        return SUPER // self.rule.sub
+
+    @property
+    def sides_bytes(self) -> int:
+        rows = self.subs * 3 // 2 if self.rule.scale_bits == 6 else self.subs
+        return (256 if self.rule.minimums else 128) + rows * PANEL
+
+    def pack_panel(self, rows: Any) -> Bytes:
+        supers = rows.shape[1] // SUPER
+
+        def side(name: str, type: Any) -> NDArray[Any]:  # [supers, numbers of a super-block * 64 outputs]
+            part = padded(rows.parts[name].astype(type), PANEL, rows.parts[name].shape[1])
+            return np.ascontiguousarray(part.reshape(PANEL, supers, -1).transpose(1, 2, 0)).reshape(supers, -1)
+
+        sides = [side("d", np.float16).view(np.uint8)]
+        if not self.rule.minimums:
+            sides.append(side("sub_scales", np.int16) + 128)
+        else:
+            scales, minimums = side("sub_scales", np.uint8), side("sub_minimums", np.uint8)
+            sides.append(side("dmin", np.float16).view(np.uint8))
+            if self.rule.scale_bits == 4:
+                sides.append(scales | minimums << np.uint8(4))
+            else:
+                high = (minimums >> np.uint8(2)).reshape(supers, -1, 2, PANEL)
+                sides += [
+                    scales | (minimums & np.uint8(3)) << np.uint8(6),
+                    (high[:, :, 0] | high[:, :, 1] << np.uint8(4)).reshape(supers, -1),
+                ]
+        return np.concatenate([*(s.astype(np.uint8) for s in sides), self.pack_codes(rows.codes)], axis=1).reshape(-1)
+
+    def unpack_panel(self, panel: Bytes, columns: int) -> Any:
+        supers = panel.reshape(columns // SUPER, -1)
+        at = 256 if self.rule.minimums else 128
+        factors = np.ascontiguousarray(supers[:, :at]).view(np.float16).astype(np.float32).reshape(len(supers), -1, PANEL)
+        low = supers[:, at : at + self.subs * PANEL]
+
+        def part(side: NDArray[Any]) -> NDArray[Any]:  # [64, numbers of the row]
+            return side.reshape(len(supers), -1, PANEL).transpose(2, 0, 1).reshape(PANEL, -1)
+
+        parts = {"codes": self.unpack_codes(np.ascontiguousarray(supers[:, self.sides_bytes :]), columns), "d": part(factors[:, 0])}
+        if not self.rule.minimums:
+            return quantized(self.format, **parts, sub_scales=part((low.astype(np.int16) - 128).astype(np.int8)))
+        if self.rule.scale_bits == 4:
+            scales, minimums = low & np.uint8(15), low >> np.uint8(4)
+        else:
+            high = supers[:, at + self.subs * PANEL : self.sides_bytes].reshape(len(supers), -1, 1, PANEL)
+            high = np.concatenate([high & np.uint8(15), high >> np.uint8(4)], axis=2).reshape(len(supers), -1)
+            scales, minimums = low & np.uint8(63), low >> np.uint8(6) | high << np.uint8(2)
+        return quantized(self.format, **parts, dmin=part(factors[:, 1]), sub_scales=part(scales), sub_minimums=part(minimums))
+
+    def seams(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits, "low": self.low, "group": SUPER, "sides": "two_level", "sides_bytes": self.sides_bytes,
+            "sub": self.rule.sub, "minimums": self.rule.minimums, "zeros": False,
+        }  # fmt: skip
+
+
 def packing(format: DType) -> Packing | None:
     """The packing of a format whose codes are multiplied as planes, or None."""
+    if isinstance(format, TwoLevel):
+        return SuperBlocks(format, "planes", ("f32", "q8_g32"), format.bits, format.low)
     if not isinstance(format, Uniform) or format.scale_bits != 16 or (format.bits == 4 and not format.zeros):
         return None
     if format.group not in (*GROUPS, 256) or (format.group == 256 and (format.bits != 2 or format.zeros)):
@@ -122,5 +198,5 @@ def packing(format: DType) -> Packing | None:
     return Groups(format, "planes", activations, format.bits, -128 if format.bits == 8 else format.low, format.zeros)
 
 
-EXAMPLES = ("int2_g128", "int3_g32", "uint3_g32", "uint4_g32", "int8_g32")
+EXAMPLES = ("int2_g128", "int3_g32", "uint3_g32", "uint4_g32", "int8_g32", "q2_k", "q4_k", "q6_k")
 """Names that the tests of all formats try."""

@@ -89,8 +89,8 @@ class Packed:
         words = entry.cells(first * self.bits // 32, -(-last * self.bits // 32))
         codes = _unpack(words, self.bits)
         if self.awq:
-            eights = codes.reshape(len(codes), -1, 8)
-            codes = eights[:, :, np.argsort(_AWQ_ORDER)].reshape(len(codes), -1)
+            eights = codes.reshape(len(codes), codes.shape[1] // 8, 8)
+            codes = eights[:, :, np.argsort(_AWQ_ORDER)].reshape(codes.shape)
         return codes[:, start - first : stop - first]
 
     def _scales(self, start: int, stop: int) -> Array:
@@ -119,10 +119,11 @@ def _unpack(words: Array, bits: int) -> Array:
         return raw
     if bits == 3:
         stream = np.unpackbits(raw, axis=-1, bitorder="little")
-        triples = stream[..., : stream.shape[-1] // 3 * 3].reshape(*raw.shape[:-1], -1, 3)
+        triples = stream.reshape(*raw.shape[:-1], stream.shape[-1] // 3, 3)
         return np.asarray(triples[..., 0] | triples[..., 1] << 1 | triples[..., 2] << 2, np.uint8)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return np.asarray((raw[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(*raw.shape[:-1], -1), np.uint8)
+    codes = raw[..., None] >> shifts & np.uint8(2**bits - 1)
+    return np.asarray(codes.reshape(*raw.shape[:-1], raw.shape[-1] * len(shifts)), np.uint8)
 
 
 def unpack_tensors(

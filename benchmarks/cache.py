@@ -62,7 +62,7 @@ class Kernels:
             for name in (keys, values):
                 count = KV_HEADS * int(dtype(name).stored_bytes(WIDTH))  # type: ignore[call-overload]
                 memory = aligned(self.slots * count, np.uint8)
-                self.library.call(f"write_{name}", threads, self.slots, self.slots, x, KV_HEADS * WIDTH, slots, memory)
+                self.library.call(f"write_{name}", threads, self.slots, self.slots, x, KV_HEADS * WIDTH, WIDTH, 0, slots, memory)
                 made.append(memory)
                 self.bytes += context * count
             self.layers.append((made[0], made[1]))

@@ -176,20 +176,26 @@ def _chains(function: Function) -> Function:
     """Clusters of light operations: a value whose readers are all in one cluster joins it; views are copied into readers.
 
     A cluster ends in a light operation, a reduction, a gather or a scatter (the root), and has that one result. Because all readers
-    of every other member are inside, no path leaves the cluster and comes back.
+    of every other member are inside, no path leaves the cluster and comes back. A scatter into a cache of a quantized type has its
+    rounding with it, and reads what it rounds through views only.
     """
     users, constant = function.users(), constant_nodes(function)
     results = set(function.results)
     root_of: dict[Node, Node] = {}
     members: dict[Node, list[Node]] = {}
     order = {node: i for i, node in enumerate(function.nodes)}
+    rounded: set[Node] = set()  # members that are rounded before the scatter, and the rounding
     for node in reversed(function.nodes):
         if node in constant or node.op.name in ("param", "constant", "size_value"):
             continue
         readers = {root_of.get(u) for u in users[node]}
         light = _is_light(node) or (node.op.name == "quantize" and all(u.op.name == "scatter" for u in users[node]))
         (only,) = readers if len(readers) == 1 else (None,)
-        if light and only is not None and node not in results and len(members[only]) < MAX_BODY:
+        leads = node.op.name == "quantize" or any(u in rounded for u in users[node])  # to a rounding
+        may = light and (not leads or node.op.name == "quantize" or _is_view(node))
+        if may and only is not None and node not in results and len(members[only]) < MAX_BODY:
+            if leads:
+                rounded.add(node)
             root_of[node] = only
             members[only].append(node)
         elif light or "reduction" in node.op.tags or node.op.name in ("take", "scatter", "softmax"):

@@ -17,7 +17,8 @@ from stemma.passes.quantize import Quantize, RoundActivations
 from stemma.passes.raising import RAISING
 
 PRESETS: dict[str, tuple[Pass, ...]] = {
-    # The checkpoint's weights as they are stored, f32 arithmetic: every pass is labelled identical.
+    # The checkpoint's weights as they are stored, f32 arithmetic: every pass is labelled identical. For 16-bit checkpoints this is
+    # LayerCast (Yuan et al. 2025, arXiv 2506.09501): 16-bit storage, 32-bit arithmetic.
     "exact": (),
     # Half the bytes of bf16, 8-bit products.
     "balanced": (Quantize(bits=8), RoundActivations(dtype="int8")),

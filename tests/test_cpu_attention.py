@@ -208,8 +208,8 @@ def test_cache_write(library: Library, name: str) -> None:
             expected[:, slot[r]] = stored[r]
     for threads in (1, 2):
         cache = np.full_like(expected, 0xAB)
-        rows = np.concatenate([x.reshape(9, 128), np.zeros((9, 3), np.float32)], axis=1)
-        library.call(f"write_{name}", threads, 9, 12, rows, 131, slot, cache)
+        rows = np.concatenate([np.zeros((9, 3), np.float32), x.reshape(9, 128)], axis=1)
+        library.call(f"write_{name}", threads, 9, 12, rows, 131, 64, 3, slot, cache)
         assert np.array_equal(cache, expected)
 
 
@@ -220,7 +220,7 @@ def test_cache_write_keeps_nan(library: Library, name: str, bad: float) -> None:
     x, slot = np.ones((1, 128), np.float32), np.zeros(1, np.int32)
     x[0, 40] = bad
     cache = np.zeros((2, 1, cache_rows(np.zeros((1, 64), np.float32), name)[0].shape[1]), np.uint8)
-    library.call(f"write_{name}", 1, 1, 1, x, 128, slot, cache)
+    library.call(f"write_{name}", 1, 1, 1, x, 128, 64, 0, slot, cache)
     sides = cache[0, 0, 64:].view(np.float32) if name == "int8" else cache[0, 0, 32:].view(np.float16)[::2]
     assert np.isnan(sides[-1])
     assert name == "int8" or np.isfinite(sides[0])

@@ -319,8 +319,8 @@ def test_cache_write(library: Library) -> None:
     rng = np.random.default_rng(12)
     x, slot = rng.standard_normal((5, 60), dtype=np.float32), np.array([3, -1, 0, 9, 8], np.int32)
     f, b = np.zeros((2, 9, 24), np.float32), np.zeros((2, 9, 24), np.uint16)
-    library.call("write_f32", 2, 5, 9, x, 60, slot, f)
-    library.call("write_bf16", 2, 5, 9, x, 60, slot, b)
+    library.call("write_f32", 2, 5, 9, x, 60, 24, 0, slot, f)
+    library.call("write_bf16", 2, 5, 9, x, 60, 24, 0, slot, b)
     expected = np.zeros((2, 9, 24), np.float32)
     for r in (0, 2, 4):
         expected[:, slot[r]] = x[r, :48].reshape(2, 24)

@@ -181,33 +181,56 @@ def quantize_rows(body: Function, inputs: Inputs) -> Answer:
 
 
 def cache_write(body: Function, inputs: Inputs) -> Answer:
-    """scatter(cache, slots, transpose(x), axis=1) in place: x [rows, heads, D], maybe rounded, to a cache [heads, slots, D]."""
+    """scatter(cache, slots, x, axis=1) in place: x [heads, rows, D], maybe rounded, into cache [heads, slots, D]."""
     anchor = only(body, "scatter")
     if anchor is None:
         return None
     at = positions(body)
     cache, slots, updates = anchor.inputs
+    if anchor.attrs["axis"] != 1 or cache.tensor.rank != 3:
+        return Refusal("a cache write is scatter(cache [heads, slots, D], slots, rows, axis=1)")
+    heads, extent, width = cache.shape
+    if reason := cache_unfit(cache.dtype, width):
+        return Refusal(reason)
     chain = [anchor]
-    while updates.op.name in ("cast", "quantize", "transpose"):
+    if updates.op.name in ("cast", "quantize") and updates.dtype == cache.dtype:
         chain.append(updates)
         updates = updates.inputs[0]
-    moved = [n for n in chain if n.op.name == "transpose"]
-    heads, extent, width = cache.shape if cache.tensor.rank == 3 else (0, 0, 0)
-    if cache.tensor.rank == 3 and (reason := cache_unfit(cache.dtype, width)):
-        return Refusal(reason)
-    if anchor.attrs["axis"] != 1 or not heads or len(moved) != 1 or moved[0].attrs["axes"] != (1, 0, 2):
-        return Refusal("a cache write is scatter(cache, slots, transpose(x, (1, 0, 2)), axis=1)")
+    while updates not in at and "view" in updates.op.tags:
+        chain.append(updates)
+        updates = updates.inputs[0]
     if body.results != (anchor,) or set(body.nodes) - {*chain, cache, slots, updates} or not {cache, slots, updates} <= at.keys():
         return Refusal("a cache write is claimed alone")
     if updates.dtype != "f32" or slots.dtype != "i32":
         return Refusal("a cache write stores f32 rows by i32 slots")
-    if len(chain) > 3 or any(n.op.name in ("cast", "quantize") and n.dtype != cache.dtype for n in chain):
-        return Refusal("a cache write converts only to the type of the cache")
+    found = _places(tuple(n for n in chain if "view" in n.op.tags), (heads, slots.shape[0], width))
+    if found is None:
+        return Refusal("the rows of a cache write are [heads, rows, D], or a part of [rows, heads * D], as they lie in memory")
     used = kernel("cache_write", kv_heads=heads, head_dim=width, cache=cache.dtype)
-    call = arguments(
-        updates.shape[0], extent, ("input", at[updates]), heads * width, ("input", at[slots]), ("output", 0)
-    )  # fmt: skip
-    return Claim(used, call, inplace=((0, at[cache]),))
+    call = arguments(slots.shape[0], extent, ("input", at[updates]), *found, ("input", at[slots]), ("output", 0))
+    return Claim(used, call, inplace=((0, at[cache]),), what=f"{cache.dtype} cache")
+
+
+def _places(views: tuple[Node, ...], shape: tuple[SizeLike, ...]) -> tuple[SizeLike, SizeLike, SizeLike] | None:
+    """Steps from row to row and from head to head, and the first number, of a value seen through `views` (the outermost first) as
+    [heads, rows, D]: as it is, as [rows, heads, D], or as some columns of [rows, N]. Reshapes move nothing."""
+    heads, count, width = shape
+    moving = [v for v in views if v.op.name != "reshape"]
+    if not moving:
+        return width, count * width, 0
+    swap, *rest = moving
+    rank = swap.tensor.rank
+    if swap.op.name != "transpose" or swap.attrs["axes"] != (*range(rank - 3), rank - 2, rank - 3, rank - 1):
+        return None
+    if swap.shape[-3:] != shape or any(e != 1 for e in swap.shape[:-3]):
+        return None
+    if not rest:
+        return heads * width, width, 0
+    part = rest[0]
+    columns = part.op.name == "slice" and part.attrs["axis"] == part.tensor.rank - 1 and part.attrs["step"] == 1
+    if len(rest) > 1 or not columns or part.shape[-1] != heads * width:
+        return None
+    return part.inputs[0].shape[-1], width, part.attrs["start"]
 
 
 def cached_attention(body: Function, inputs: Inputs) -> Answer:

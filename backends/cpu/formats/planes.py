@@ -8,10 +8,11 @@ the sides, the numbers that say what codes mean, then the chunks.
 
 sides of int{2,3,8}_gN, ternary_gN    64 f16 scales
 sides of uint{2,3,4}_gN               64 f16 scales, 64 f16 zero points
-sides of q2_k, q4_k, q6_k             (256 columns) 64 f16 d, 64 f16 dmin if there is one, then for each sub-block 64 bytes:
-  q2_k  sub_scale | sub_minimum << 4
-  q4_k  sub_scale | (sub_minimum & 3) << 6, and after those of all 8, the minimums' other 4 bits: of two sub-blocks a byte
-  q6_k  sub_scale + 128
+q2_k, q4_k, q6_k   in place of groups, super-blocks of 256 columns: 64 f16 d, 64 f16 dmin if there is one, then for every two
+  sub-blocks their sides, 64 bytes each, and their chunks
+  q2_k  sub_scale | sub_minimum << 4 of both
+  q4_k  sub_scale | (sub_minimum & 3) << 6 of both, then 64 bytes with the minimums' other 4 bits, of the first in the low ones
+  q6_k  sub_scale + 128 of both
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stemma.backends.cpu.formats.base import PANEL, Bytes, Packing, padded, quantized
+from stemma.backends.cpu.formats.base import PANEL, Bytes, Packing, padded, quantized, raw
 from stemma.ir import DType
 from stemma.ir.formats.two_level import SUPER, TwoLevel
 from stemma.ir.formats.uniform import Uniform
@@ -106,7 +107,7 @@ class Groups(Planes):
     def unpack_panel(self, panel: Bytes, columns: int) -> Any:
         groups = panel.reshape(columns // self.format.group, -1)
         sides = np.ascontiguousarray(groups[:, : self.sides_bytes]).view(np.float16).astype(np.float32)
-        parts = {"codes": self.unpack_codes(np.ascontiguousarray(groups[:, self.sides_bytes :]), columns)}
+        parts: dict[str, NDArray[Any]] = {"codes": self.unpack_codes(np.ascontiguousarray(groups[:, self.sides_bytes :]), columns)}
         parts |= {name: sides[:, i * PANEL : (i + 1) * PANEL].T for i, name in enumerate(self.names)}
         return quantized(self.format, **parts)
 
@@ -127,57 +128,61 @@ class SuperBlocks(Planes):
         return self.format
 
     @property
-    def subs(self) -> int:
-        """Sub-blocks of a super-block."""
-        return SUPER // self.rule.sub
+    def side_rows(self) -> int:
+        """Rows of 64 bytes before the chunks of two sub-blocks."""
+        return 3 if self.rule.scale_bits == 6 else 2
+
+    @property
+    def factors_bytes(self) -> int:
+        """Bytes of d, and dmin if there is one."""
+        return 256 if self.rule.minimums else 128
 
     @property
     def sides_bytes(self) -> int:
-        rows = self.subs * 3 // 2 if self.rule.scale_bits == 6 else self.subs
-        return (256 if self.rule.minimums else 128) + rows * PANEL
+        return self.factors_bytes + SUPER // self.rule.sub // 2 * self.side_rows * PANEL
 
     def pack_panel(self, rows: Any) -> Bytes:
         supers = rows.shape[1] // SUPER
 
-        def side(name: str, type: Any) -> NDArray[Any]:  # [supers, numbers of a super-block * 64 outputs]
+        def side(name: str, type: Any) -> NDArray[Any]:  # [supers, pairs, 2, 64 outputs]; of factors [supers, 1, 1, 64]
             part = padded(rows.parts[name].astype(type), PANEL, rows.parts[name].shape[1])
-            return np.ascontiguousarray(part.reshape(PANEL, supers, -1).transpose(1, 2, 0)).reshape(supers, -1)
+            return part.reshape(PANEL, supers, -1, min(2, part.shape[1] // supers)).transpose(1, 2, 3, 0)
 
-        sides = [side("d", np.float16).view(np.uint8)]
+        factors = [raw(side(name, np.float16)).reshape(supers, -1) for name in ("d", "dmin") if name in rows.parts]
+        codes = self.pack_codes(rows.codes).reshape(supers, SUPER // self.rule.sub // 2, -1)
         if not self.rule.minimums:
-            sides.append(side("sub_scales", np.int16) + 128)
+            sides = [(side("sub_scales", np.int16) + 128).astype(np.uint8)]
         else:
             scales, minimums = side("sub_scales", np.uint8), side("sub_minimums", np.uint8)
-            sides.append(side("dmin", np.float16).view(np.uint8))
-            if self.rule.scale_bits == 4:
-                sides.append(scales | minimums << np.uint8(4))
-            else:
-                high = (minimums >> np.uint8(2)).reshape(supers, -1, 2, PANEL)
-                sides += [
-                    scales | (minimums & np.uint8(3)) << np.uint8(6),
-                    (high[:, :, 0] | high[:, :, 1] << np.uint8(4)).reshape(supers, -1),
-                ]
-        return np.concatenate([*(s.astype(np.uint8) for s in sides), self.pack_codes(rows.codes)], axis=1).reshape(-1)
+            high = minimums >> np.uint8(2)
+            sides = (
+                [scales | minimums << np.uint8(4)]
+                if self.rule.scale_bits == 4
+                else [scales | (minimums & np.uint8(3)) << np.uint8(6), high[:, :, 0] | high[:, :, 1] << np.uint8(4)]
+            )
+        pairs = np.concatenate([*(s.reshape(*codes.shape[:2], -1) for s in sides), codes], axis=2)
+        return raw(np.concatenate([*factors, pairs.reshape(supers, -1)], axis=1))
 
     def unpack_panel(self, panel: Bytes, columns: int) -> Any:
         supers = panel.reshape(columns // SUPER, -1)
-        at = 256 if self.rule.minimums else 128
-        factors = np.ascontiguousarray(supers[:, :at]).view(np.float16).astype(np.float32).reshape(len(supers), -1, PANEL)
-        low = supers[:, at : at + self.subs * PANEL]
+        factors = np.ascontiguousarray(supers[:, : self.factors_bytes]).view(np.float16).astype(np.float32)
+        pairs = supers[:, self.factors_bytes :].reshape(len(supers), SUPER // self.rule.sub // 2, -1)
+        low, high = pairs[:, :, : 2 * PANEL], pairs[:, :, 2 * PANEL : self.side_rows * PANEL]
 
         def part(side: NDArray[Any]) -> NDArray[Any]:  # [64, numbers of the row]
-            return side.reshape(len(supers), -1, PANEL).transpose(2, 0, 1).reshape(PANEL, -1)
+            return side.reshape(-1, PANEL).T
 
-        parts = {"codes": self.unpack_codes(np.ascontiguousarray(supers[:, self.sides_bytes :]), columns), "d": part(factors[:, 0])}
+        codes = self.unpack_codes(np.ascontiguousarray(pairs[:, :, self.side_rows * PANEL :]), columns)
+        d = part(factors[:, :PANEL])
         if not self.rule.minimums:
-            return quantized(self.format, **parts, sub_scales=part((low.astype(np.int16) - 128).astype(np.int8)))
+            return quantized(self.format, codes=codes, d=d, sub_scales=part((low.astype(np.int16) - 128).astype(np.int8)))
         if self.rule.scale_bits == 4:
             scales, minimums = low & np.uint8(15), low >> np.uint8(4)
         else:
-            high = supers[:, at + self.subs * PANEL : self.sides_bytes].reshape(len(supers), -1, 1, PANEL)
-            high = np.concatenate([high & np.uint8(15), high >> np.uint8(4)], axis=2).reshape(len(supers), -1)
-            scales, minimums = low & np.uint8(63), low >> np.uint8(6) | high << np.uint8(2)
-        return quantized(self.format, **parts, dmin=part(factors[:, 1]), sub_scales=part(scales), sub_minimums=part(minimums))
+            scales = low & np.uint8(63)
+            minimums = low >> np.uint8(6) | np.concatenate([high & np.uint8(15), high >> np.uint8(4)], axis=2) << np.uint8(2)
+        dmin = part(factors[:, PANEL:])
+        return quantized(self.format, codes=codes, d=d, dmin=dmin, sub_scales=part(scales), sub_minimums=part(minimums))
 
     def seams(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ namespace governor {
 
 constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16, HALVES = 8;
 constexpr size_t CLASSES = 4;
-constexpr int64_t EXPLORE = 32, SPARSELY = 16, PLAIN_FIRST = 4, ROWS = 512;
+constexpr int64_t EXPLORE = 32, SPARSELY = 32, PLAIN_FIRST = 4, ROWS = 512;
 constexpr int64_t TRIAL = 4, PAUSE = 16, LONGEST = 512;  // turns in which a drafter is asked again; turns between them
 constexpr double PATIENCE = 0.8;  // a drafter is asked until it brings less than this share of its cost
 
@@ -59,7 +59,7 @@ struct Curve {
     int32_t& n = times[(size_t)rows];
     // The first ones may have been slow for another reason: the least counts. Later, what is far off counts as a little off.
     if (n < 4) average = n ? std::min(average, took) : took;
-    else mix(average, std::min(took, 1.5 * average), 1.0 / std::min(n, 32));
+    else mix(average, std::min(took, 1.5 * average), 1.0 / 16);
     ++n;
     last = std::max(last, rows);
     changed = true;
@@ -263,12 +263,15 @@ inline void take_time(Governor& g, Instance& instance, const Sequences& s) {
   const int64_t rows = s.expand_batch, own = s.tree ? s.ran : 1, tokens = s.tree ? (int64_t)s.visited.size() : 1;
   if (rows < 1 || rows > ROWS || s.expand_rows != own || since < 0) return;
   const double count = (double)tokens, known = g.curve.last ? g.curve.at((double)rows) : 0;
-  if (g.timed >= PLAIN_FIRST) mix(g.speed, std::clamp(s.expand_seconds / known, 0.5 * g.speed, 2 * g.speed), 1.0 / 16);
+  if (g.timed >= PLAIN_FIRST) mix(g.speed, std::clamp(s.expand_seconds / known, 0.5 * g.speed, 2 * g.speed), 1.0 / 64);
   g.curve.take(rows, s.expand_seconds / g.speed);
   mix(g.others, std::max((double)rows / (double)own, 1.0), g.timed ? 0.125 : 1.0);
   const double outside = (now - since) / g.speed;
   if (!s.tree) mix(g.plain, g.plain > 0 ? std::min(outside, 3 * g.plain) : outside, 1.0 / 16);
-  else if (drafting > 0) mix(g.handling, std::clamp(outside - drafting / g.speed - count * g.plain, 0.0, g.cost(1)), 1.0 / 16);
+  else if (drafting > 0) {
+    const double handling = std::max(outside - drafting / g.speed - count * g.plain, 0.0);
+    mix(g.handling, g.handling > 0 ? std::min(handling, 2 * g.handling) : handling, 1.0 / 16);
+  }
   const double weight = 1.0 / (double)std::min<int64_t>(++g.timed, 64);
   mix(g.tokens, count, weight);
   mix(g.seconds, g.cost(own) + std::min(outside, g.cost(1) + 3 * (g.plain + g.handling)), weight);

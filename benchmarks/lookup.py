@@ -1,8 +1,9 @@
 """Table lookup beside multiplication, kernels alone: `python -m benchmarks.lookup [--model CHECKPOINT] [-o benchmarks/lookup.md]`.
 
 Every round runs each kernel once, one after the other, so that drift of the machine hits all alike; medians of the rounds. Weights
-"in cache" are one copy of 512 x 2048 and one thread, "from memory" many copies of 8192 x 2048 in turn and all threads, beside a
-probe of the read bandwidth of the same threads in the same rounds. Activations are normal numbers, rounded by groups of 128.
+"in cache" are one copy of 512 x 2048 and one thread, "from memory" many copies of 8192 x 2048 in turn and all threads. A probe of
+the read bandwidth of the same threads is at both ends of every round: rounds in which it took over 1.2 times its least time are run
+again, as other work had a core meanwhile. Activations are normal numbers, rounded by groups of 128.
 
 Linear in bits: the largest distance of the times for 1..4 bits from the best line through zero (time = c * bits), nothing
 subtracted; beside it the distance from the best line of any height.
@@ -32,6 +33,12 @@ ACTIVATION = f"q8_g{GROUP}"
 LOOKED = tuple(f"lut{b}_g{GROUP}" for b in (1, 2, 3, 4))
 MULTIPLIED = tuple(f"int{b}_g{GROUP}" for b in (2, 3, 4))
 COLUMNS = 2048
+REPEAT = """
+extern "C" void repeat_NAME(void* pool, int64_t calls, int64_t M, int64_t N, int64_t K, const void* x, const char* w, int64_t bytes,
+                            int64_t copies, int64_t first, float* y) {
+  for (int64_t i = first; i < first + calls; ++i) run_NAME(pool, M, N, K, x, w + i % copies * bytes, y);
+}
+"""  # calls from C: a call from Python takes as long as a small kernel's quarter
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 PROMPT = "The table was laid for four, and the letters of the alphabet were counted twice before anyone spoke."
 
@@ -45,10 +52,11 @@ class Case:
     calls: int = 1
     seconds: list[float] = field(default_factory=list)
 
-    def round(self) -> None:
+    def time(self) -> float:
+        """Seconds of a call, of `calls` calls."""
         begin = time.perf_counter()
         self.run(self.calls)
-        self.seconds.append((time.perf_counter() - begin) / self.calls)
+        return (time.perf_counter() - begin) / self.calls
 
     @property
     def median(self) -> float:
@@ -78,22 +86,21 @@ class Bench:
         """Format `name` times so many rows of x; every call takes the next copy of the weight."""
         x, _ = activations(self.rng.standard_normal((rows, COLUMNS), dtype=np.float32), ACTIVATION)
         y = np.zeros((rows, self.outputs), np.float32)
-        function, pool = getattr(self.library.native, f"run_{name}"), self.library.pool(self.threads)
         copies, turn = self.banks[name], [0]
+        function, pool = getattr(self.library.native, f"repeat_{name}"), self.library.pool(self.threads)
         sizes = [ctypes.c_int64(s) for s in (rows, self.outputs, COLUMNS)]
-        numbers, result = ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(y.ctypes.data)
-        weights = [ctypes.c_void_p(c.ctypes.data) for c in copies]
+        numbers, weights, result = (ctypes.c_void_p(v.ctypes.data) for v in (x, copies, y))
+        extent = [ctypes.c_int64(s) for s in (copies.shape[1], len(copies))]
 
         def run(calls: int, _kept: Any = (x, y)) -> None:
-            for _ in range(calls):
-                turn[0] = (turn[0] + 1) % len(weights)
-                function(pool, *sizes, numbers, weights[turn[0]], result)
+            function(pool, ctypes.c_int64(calls), *sizes, numbers, weights, *extent, ctypes.c_int64(turn[0]), result)
+            turn[0] += calls
 
         return Case(run, copies.shape[1])
 
     def probe(self) -> Case:
-        """Reads 2 MB at a time."""
-        memory, size, turn, sink = huge(256 << 20), 2 << 20, [0], np.zeros(16 * 64, np.float32)
+        """Reads 8 MB at a time."""
+        memory, size, turn, sink = huge(256 << 20), 8 << 20, [0], np.zeros(16 * 64, np.float32)
         memory[:] = 1
 
         def run(calls: int) -> None:
@@ -104,16 +111,23 @@ class Bench:
         return Case(run, size)
 
 
-def measure(cases: list[Case], rounds: int, least: float = 1e-3) -> None:
-    """Rounds of all cases in turn, each for at least so many seconds."""
-    for case in cases:
+def measure(probe: Case, cases: list[Case], rounds: int, least: float = 1e-3) -> int:
+    """Rounds of all cases in turn, each for at least so many seconds; how many it took to have `rounds` undisturbed ones."""
+    for case in (probe, *cases):
         case.run(2)
         begin = time.perf_counter()
         case.run(3)
         case.calls = max(1, round(least / (time.perf_counter() - begin) * 3))
-    for _ in range(rounds):
-        for case in cases:
-            case.round()
+    tried: list[tuple[float, list[float]]] = []
+    kept: list[tuple[float, list[float]]] = []
+    while len(kept) < rounds and len(tried) < 10 * rounds:
+        before, times = probe.time(), [case.time() for case in cases]
+        tried.append((max(before, probe.time()), times))
+        kept = [t for t in tried if t[0] <= 1.2 * min(p for p, _ in tried)]
+    probe.seconds = [p for p, _ in kept]
+    for i, case in enumerate(cases):
+        case.seconds = [times[i] for _, times in kept]
+    return len(tried)
 
 
 def from_lines(times: list[float]) -> tuple[float, float]:
@@ -129,11 +143,12 @@ def single_row(bench: Bench, rounds: int, where: str) -> list[str]:
     """Lines of the table for one row of x."""
     cases = {name: bench.case(name, 1) for name in (*LOOKED, *MULTIPLIED)}
     probe = bench.probe()
-    measure([probe, *cases.values()], rounds)
+    tried = measure(probe, list(cases.values()), rounds)
     rate = probe.bytes / probe.median / 1e9
     lines = [
         f"## One row, weights {where}, {bench.threads} thread{'s' * (bench.threads > 1)}", "",
-        f"{bench.outputs} x {COLUMNS}; reading memory: {rate:.1f} GB/s (±{probe.spread:.0%}).", "",
+        f"{bench.outputs} x {COLUMNS}; reading memory: {rate:.1f} GB/s (±{probe.spread:.0%});"
+        f" {len(probe.seconds)} of {tried} rounds undisturbed.", "",
         "| format | µs | ± | GB/s | of the probe | Gop/s |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, case in cases.items():
@@ -151,9 +166,10 @@ def many_rows(bench: Bench, rounds: int, where: str) -> list[str]:
         "Microseconds; lookup with the ratio to the multiply kernel of the same bits (of 1 bit: to the fastest of them).", "",
         "| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
     ]  # fmt: skip
+    probe = bench.probe()
     for rows in ROWS:
         cases = {name: bench.case(name, rows) for name in names}
-        measure(list(cases.values()), rounds)
+        measure(probe, list(cases.values()), rounds)
         twins = dict(zip(LOOKED[1:], MULTIPLIED, strict=True)) | {LOOKED[0]: min(MULTIPLIED, key=lambda n: cases[n].median)}
         cells = [
             f"{c.median * 1e6:.1f}" + (f" ({c.median / cases[twins[n]].median:.2f})" if n in twins else "")
@@ -166,9 +182,9 @@ def many_rows(bench: Bench, rounds: int, where: str) -> list[str]:
 def repetition(checkpoint: str) -> list[str]:
     """Of the inputs of all linears of a Hugging Face model, over a prompt: chunks looked up twice, tables that repeat in a row."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     seen: list[Any] = []
 
     def keep(module: Any, inputs: Any) -> None:
@@ -215,7 +231,9 @@ def main() -> None:
     parser.add_argument("--variant", default=next(v for v in VARIANTS if supported(v)))
     parser.add_argument("-o", "--output", default="")
     a = parser.parse_args()
-    library = Library(source([PROBE, *(linear(name, name, ACTIVATION) for name in (*LOOKED, *MULTIPLIED))]), a.variant)
+    names = (*LOOKED, *MULTIPLIED)
+    kernels = [PROBE, *(linear(name, name, ACTIVATION) for name in names)]
+    library = Library(source(kernels, "".join(REPEAT.replace("NAME", name) for name in names)), a.variant)
     lines = [
         f"# Table lookup beside multiplication, {datetime.date.today().isoformat()}", "",
         f"`python -m benchmarks.lookup`: {a.variant}, activations {ACTIVATION}, medians of {a.rounds} interleaved rounds,",

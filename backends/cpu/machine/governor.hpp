@@ -158,7 +158,10 @@ struct Governor : Object {
   // One more answer to a question whether the drafter pays.
   void answered(Drafting& d, double gain, double took, bool first) {
     const double weight = 1.0 / (double)std::min<int64_t>(++d.asked, 32);
-    mix(d.seconds, d.asked > 2 ? std::min(took, 3 * d.seconds) : took, weight), mix(d.gain, gain, weight);
+    mix(d.gain, gain, weight);
+    // After a pause a drafter first takes in what was decoded meanwhile; that time is no measure of the next ones.
+    if (d.asked < 3) d.seconds = took;
+    else mix(d.seconds, std::min(took, 3 * d.seconds), weight);
     const double cost = rate() * (d.seconds + (first ? handling : 0));
     if (d.pause) {
       if (d.asked < TRIAL) return;
@@ -252,7 +255,8 @@ inline bool op_prune(Call& call) {
   return true;
 }
 // A turn lasts from one `learn` of the instance to the next; one that took in a prompt says nothing of the others.
-inline void take_time(Governor& g, Instance& instance, const Sequences& s) {
+// False for such a turn.
+inline bool take_time(Governor& g, Instance& instance, const Sequences& s) {
   const double now = instance.busy_now(), since = instance.learned;
   instance.learned = now;
   double drafting = 0;
@@ -261,7 +265,7 @@ inline void take_time(Governor& g, Instance& instance, const Sequences& s) {
     drafting += each.seconds;
   }
   const int64_t rows = s.expand_batch, own = s.tree ? s.ran : 1, tokens = s.tree ? (int64_t)s.visited.size() : 1;
-  if (rows < 1 || rows > ROWS || s.expand_rows != own || since < 0) return;
+  if (rows < 1 || rows > ROWS || s.expand_rows != own || since < 0) return false;
   const double count = (double)tokens, known = g.curve.last ? g.curve.at((double)rows) : 0;
   if (g.timed >= PLAIN_FIRST) mix(g.speed, std::clamp(s.expand_seconds / known, 0.5 * g.speed, 2 * g.speed), 1.0 / 64);
   g.curve.take(rows, s.expand_seconds / g.speed);
@@ -275,6 +279,7 @@ inline void take_time(Governor& g, Instance& instance, const Sequences& s) {
   const double weight = 1.0 / (double)std::min<int64_t>(++g.timed, 64);
   mix(g.tokens, count, weight);
   mix(g.seconds, g.cost(own) + std::min(outside, g.cost(1) + 3 * (g.plain + g.handling)), weight);
+  return true;
 }
 inline bool op_learn(Call& call) {
   const Sequences& s = state_of<Sequences>(call.in[1]);
@@ -289,11 +294,11 @@ inline bool op_learn(Call& call) {
     }
   }
   Instance& instance = call.instance;
-  take_time(g, instance, s);
+  const bool known = take_time(g, instance, s);
   for (const Asked& each : instance.asked) {
     Drafting& d = g.drafting[(size_t)each.source * CLASSES + (size_t)each.level];
     if (!each.drafted) --d.rest;
-    else if (g.timed > PLAIN_FIRST) g.answered(d, each.gain, each.seconds / g.speed, each.first);
+    else if (known && g.timed > PLAIN_FIRST) g.answered(d, each.gain, each.seconds / g.speed, each.first);
   }
   if (instance.asked.empty() && g.turns > PLAIN_FIRST)
     for (int64_t i = 0; i < g.sources; ++i) --g.drafting[(size_t)i * CLASSES].rest;

@@ -36,7 +36,7 @@ UNIFORM = ("int8", "int4_g32", "int4_g64", "int4_g128", "uint4_g64", "int3_g64",
 LOOKUP = ("lut4_g64", "lut3_g64", "lut2_g64", "lut1_g64")
 ROWS: tuple[tuple[str, str], ...] = (
     *(("rounded to nearest", f"quantize{{format={f},embeddings=false}}") for f in (*UNIFORM, "ternary_g64", *LOOKUP)),
-    *(("GPTQ", f"gptq{{format={f},embeddings=false}}") for f in (*UNIFORM, "ternary_g64", *LOOKUP)),
+    *(("GPTQ", f"gptq{{format={f},embeddings=false}}") for f in (*UNIFORM, "ternary_g64", "lut1_g64")),
     *(("AWQ", f"awq{{format={f},embeddings=false}}") for f in ("int4_g64", "int3_g64", "int2_g64", "uint4_g64")),
     *(("AWQ, GPTQ", f"awq{{format={f},embeddings=false,round=false}}+gptq{{format={f},embeddings=false}}") for f in ("int4_g64",)),
     ("k-means, unweighted", "quantize{format=nu4_o0,embeddings=false}"),
@@ -46,7 +46,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("SqueezeLLM", "squeezellm{bits=4,embeddings=false}"),
     ("SqueezeLLM", "squeezellm{bits=3,embeddings=false}"),
     ("pruned by energy", "quantize{format=int4_g32_s50,embeddings=false}"),
-    *(("GQSA", f"gqsa{{sparsity={s}}}") for s in (20, 30, 40, 50, 60)),
+    *(("GQSA", f"gqsa{{sparsity={s}}}") for s in (20, 40, 50, 60)),
     ("GQSA", "gqsa{sparsity=50,group=16}"),
     ("GQSA", "gqsa{sparsity=50,group=64}"),
     ("2:4 by magnitude", "quantize{format=int4_g64_2of4,embeddings=false}"),

@@ -50,7 +50,7 @@ class Awq(Calibrated):
     round: bool = True
     name: ClassVar[str] = "awq"
 
-    def target(self, columns: int) -> Format:
+    def target(self, weight: Node) -> Format:
         return format_of(self.format)
 
     def run(self, module: Module, context: PassContext) -> Module:
@@ -87,7 +87,7 @@ class Awq(Calibrated):
             if x in makers:
                 if not workspace.load(name, {"scales": (np.dtype(np.float32), (site.columns,))}):
                     weights = {w: Rows(w, store) for w in site.weights}
-                    workspace.save(name, {"scales": best_scales(weights, site.inputs, self.target(site.columns))})
+                    workspace.save(name, {"scales": best_scales(weights, site.inputs, self.target(site.weights[0]))})
                 values = np.array(workspace.part(name, "scales"))
                 if name not in store:
                     store.add(name, Tensor("f32", values.shape), partial(np.asarray, values))
@@ -99,7 +99,7 @@ class Awq(Calibrated):
             return {w: _effective(w, scales.get(x), self.format) for w in site.weights}
 
         context.report(stage, 0, len(left))
-        walk(forward, context.calibration, store, visit, replaced=tied, until=left)
+        walk(forward, context.calibration, store, visit, replaced=tied, weights=left)
         return scales
 
 

@@ -63,25 +63,34 @@ class Site:
 Visitor = Callable[[Site], Mapping[Node, Node]]
 
 
-def linear_sites(function: Function) -> list[tuple[Node, tuple[Node, ...]]]:
-    """Every value that linears with constant float weights read, and those linears; in the order of the first ones."""
+def constant_linears(function: Function) -> list[Node]:
+    """The linears whose weights are constants, in order."""
     constant = constant_nodes(function)
+    return [n for n in function.nodes if n.op.name == "linear" and n.inputs[1] in constant]
+
+
+def linear_sites(function: Function, weights: Collection[Node] | None = None) -> list[tuple[Node, tuple[Node, ...]]]:
+    """Every value that linears with these weights read, and those linears, in order. Default: all constant float weights."""
     found: dict[Node, list[Node]] = {}
-    for node in function.nodes:
-        if node.op.name == "linear" and node.inputs[1] in constant and dtype(node.inputs[1].dtype).kind == "float":
+    for node in constant_linears(function):
+        if is_float(node.inputs[1]) if weights is None else node.inputs[1] in weights:
             found.setdefault(node.inputs[0], []).append(node)
     return [(x, tuple(nodes)) for x, nodes in found.items()]
 
 
+def is_float(weight: Node) -> bool:
+    return dtype(weight.dtype).kind == "float"
+
+
 def walk(
     function: Function, documents: Sequence[Array], store: WeightStore, visit: Visitor, *,
-    replaced: Mapping[Node, Node] | None = None, until: Collection[Node] = (),
+    replaced: Mapping[Node, Node] | None = None, weights: Collection[Node] | None = None,
 ) -> list[Array]:  # fmt: skip
     """Evaluate `function(ids [batch, tokens])` on documents of token ids, and return its first result of each chunk of documents.
 
     visit: is given every site once, and returns constants to use instead of weights in the rest of the walk; `replaced` has those
-    that are known from the start. A weight that was replaced once is not visited again. until: weights; when all have been
-    visited, the walk ends there and returns nothing.
+    that are known from the start. A weight that was replaced once is not visited again. weights: those to visit; when all have
+    been, the walk ends and returns nothing. Default: all float ones, to the end.
     """
     (ids,) = function.params
     batches = list(_batches(documents))
@@ -89,11 +98,11 @@ def walk(
     known = {d.name for d in function.dims()}
     for context, batch in zip(contexts, batches, strict=True):
         context.sizes = {str(d): n for d, n in zip(ids.shape, batch.shape, strict=True) if str(d) in known}
-    constant, waiting = constant_nodes(function), set(until)
+    constant, waiting = constant_nodes(function), set(weights or ())
     chosen: dict[Node, Node] = dict(replaced or {})
     shared: dict[Node, Any] = dict(contexts[0].lazy_rows(function))
     values: list[dict[Node, Any]] = [{ids: b.astype(c.numpy(ids.dtype))} for b, c in zip(batches, contexts, strict=True)]
-    sites = dict(linear_sites(function))
+    sites = dict(linear_sites(function, weights))
     remaining = {node: len(users) for node, users in function.users().items()}
     for result in function.results:
         remaining[result] += 1
@@ -111,11 +120,11 @@ def walk(
         else:
             if node.op.name == "linear" and node.inputs[0] in sites:
                 nodes = sites.pop(node.inputs[0])
-                weights = tuple(dict.fromkeys(n.inputs[1] for n in nodes if n.inputs[1] not in chosen))
-                if weights:
-                    chosen.update(visit(Site(weights, nodes, [_flat(v[node.inputs[0]]) for v in values])))
-                waiting.difference_update(weights)
-                if until and not waiting:
+                new = tuple(dict.fromkeys(n.inputs[1] for n in nodes if n.inputs[1] not in chosen))
+                if new:
+                    chosen.update(visit(Site(new, nodes, [_flat(v[node.inputs[0]]) for v in values])))
+                waiting.difference_update(new)
+                if weights is not None and not waiting:
                     return []
             for own, context in zip(values, contexts, strict=True):
                 own[node] = node.op.evaluate(context, *operands(node, own), **node.attrs)
@@ -155,19 +164,20 @@ class Calibrated(Pass):
     embeddings: bool = True
 
     @abstractmethod
-    def target(self, columns: int) -> Format:
-        """The format of weights with so many columns; PassError when an option is out of range."""
+    def target(self, weight: Node) -> Format:
+        """The new format of a weight; PassError when an option is out of range."""
 
     def tied(self, forward: Function, weights: Iterable[Node]) -> dict[Node, Node]:
         """Weights that embeddings read, and what takes their place: themselves, or themselves rounded to nearest.
 
         PassError when a row of those or of `weights` does not fit its format.
         """
-        tied = embedded_weights(forward)
-        for node in (*(tied if self.embeddings else ()), *weights):
-            if reason := self.target(columns_of(node)).refusal(columns_of(node)):
+        embedded = embedded_weights(forward)
+        tied = {w for w in embedded if self.embeddings and is_float(w)}
+        for node in (*tied, *weights):
+            if reason := self.target(node).refusal(columns_of(node)):
                 raise PassError(f"{self.name}: {label(node)} does not fit. {reason} Choose another format or group.")
-        return {w: rounded(w, self.target(columns_of(w)).name) if self.embeddings else w for w in tied}
+        return {w: rounded(w, self.target(w).name) if w in tied else w for w in embedded}
 
     def workspace(self, module: Module, context: PassContext) -> Workspace:
         """Where results are kept; it is this calibration's own, by a hash of all that determines them."""
@@ -185,7 +195,7 @@ class Calibrated(Pass):
                 f"{self.name} was given {tokens} tokens of text to calibrate on and needs {LEAST_TOKENS} at least. Give a longer "
                 "--calibration text, or more --calibration-tokens."
             )
-        widest = max(int(str(x.shape[-1])) for x, _ in linear_sites(forward))
+        widest = max(columns_of(n.inputs[1]) for n in constant_linears(forward))
         if tokens < widest:
             context.notes.append(
                 f"{self.name}: {tokens} tokens of calibration text are fewer than the {widest} inputs of the widest linear; "
@@ -201,16 +211,22 @@ class CalibratedWeights(Calibrated):
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
         """The new values of `site.weights`, one after the other. take: rows of a weight."""
 
+    def takes(self, weight: Node) -> bool:
+        """Whether a constant weight is one that this pass chooses: a float one, which no earlier pass has quantized."""
+        return is_float(weight)
+
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with new weights; PassError when there is too little text, or a weight's rows do not fit the format."""
         forward = module["forward"]
         embedded = set(embedded_weights(forward))
-        read = dict.fromkeys(n.inputs[1] for _, nodes in linear_sites(forward) for n in nodes)
-        left = [w for w in read if w not in embedded]
+        read = dict.fromkeys(n.inputs[1] for n in constant_linears(forward))
+        left = [w for w in read if w not in embedded and self.takes(w)]
         replaced = self.tied(forward, left)
         if left:
             self.check(forward, context)
             replaced |= self._calibrated(module, context, left, replaced)
+        else:
+            context.notes.append(f"{self.name} found no weights of linears to choose: an earlier pass has quantized them all.")
         changed = {w: new for w, new in replaced.items() if new is not w}
         return module.map(lambda f: replace_weights(f, changed)) if changed else module
 
@@ -222,7 +238,7 @@ class CalibratedWeights(Calibrated):
         made: dict[Node, Node] = {}
         for weight in left:
             rows, columns = rows_of(weight), columns_of(weight)
-            parts = self.target(columns).parts(columns).items()
+            parts = self.target(weight).parts(columns).items()
             if workspace.load(label(weight), {p: (np.dtype(t), (rows, *extent)) for p, (t, extent) in parts}):
                 made[weight] = self._add(context.weights, workspace, weight)
         costs = {w: float(columns_of(w) ** 2 * (rows_of(w) + columns_of(w))) for w in left if w not in made}
@@ -235,7 +251,7 @@ class CalibratedWeights(Calibrated):
             new = [w for w in site.weights if w not in made]
             if new:
                 missing = Site(tuple(new), site.nodes, site.inputs)
-                for weight, value in self.choose(missing, lambda node: Rows(node, context.weights)):
+                for weight, value in self.choose(missing, lambda node: Rows(unrounded(node), context.weights)):
                     workspace.save(label(weight), value.parts)
                     made[weight] = self._add(context.weights, workspace, weight)
                     done += costs[weight]
@@ -244,11 +260,11 @@ class CalibratedWeights(Calibrated):
 
         if costs:
             context.report(f"calibrating ({self.name})", 0, 1000)
-            walk(module["forward"], context.calibration, context.weights, visit, replaced=replaced, until=costs.keys())
+            walk(module["forward"], context.calibration, context.weights, visit, replaced={**replaced, **made}, weights=[*costs])
         return made
 
     def _add(self, store: WeightStore, workspace: Workspace, weight: Node) -> Node:
-        name, target = f"{label(weight)}:{self.name}", self.target(columns_of(weight))
+        name, target = f"{label(weight)}:{self.name}", self.target(weight)
         type = Tensor(target.name, (rows_of(weight), columns_of(weight)))
         stored = StoredQuantized(workspace, label(weight), target.name, list(target.parts(columns_of(weight))))
         if name not in store:
@@ -266,16 +282,20 @@ def columns_of(weight: Node) -> int:
 
 
 def embedded_weights(function: Function) -> list[Node]:
-    """Constant float weights that embeddings read, whatever else reads them."""
+    """Constant weights that embeddings read, whatever else reads them."""
     constant = constant_nodes(function)
-    found = dict.fromkeys(n.inputs[0] for n in function.nodes if n.op.name == "embedding" and n.inputs[0] in constant)
-    return [w for w in found if dtype(w.dtype).kind == "float"]
+    return list(dict.fromkeys(n.inputs[0] for n in function.nodes if n.op.name == "embedding" and n.inputs[0] in constant))
 
 
 def rounded(weight: Node, name: str) -> Node:
     """A float weight rounded to nearest, as an expression."""
     node: Node = ops.quantize(weight if weight.dtype == "f32" else ops.cast(weight, dtype="f32"), dtype=name)
     return node
+
+
+def unrounded(weight: Node) -> Node:
+    """The float expression that a weight is, or that it rounds to nearest."""
+    return weight.inputs[0] if weight.op.name == "quantize" else weight
 
 
 def replace_weights(function: Function, replaced: Mapping[Node, Node]) -> Function:

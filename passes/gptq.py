@@ -29,6 +29,7 @@ Keep = Callable[[int, Array, Array], Array]
 class Gptq(CalibratedWeights):
     """Quantize weights with second-order compensation (GPTQ), in a format of uniform codes or of lookup tables.
 
+    Weights that an earlier pass rounded to nearest in such a format keep it and get better codes: --preset small --pass gptq.
     damp: share of the mean of H's diagonal that is added to it. order: columns with the largest inputs first; with groups, whole
     groups are ordered, and columns within each. Scales are fitted to the updated weights when their group begins, and once more
     to the outputs at the end.
@@ -39,20 +40,26 @@ class Gptq(CalibratedWeights):
     order: bool = True
     name: ClassVar[str] = "gptq"
 
-    def target(self, columns: int) -> Format:
-        uniform_of(self.name, self.format)
-        return format_of(self.format)
+    def takes(self, weight: Node) -> bool:
+        return super().takes(weight) or (weight.op.name == "quantize" and _has_codes(format_of(weight.dtype)))
+
+    def target(self, weight: Node) -> Format:
+        name = weight.dtype if weight.op.name == "quantize" else self.format
+        uniform_of(self.name, name)
+        return format_of(name)
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
-        target = uniform_of(self.name, self.format)
-        hessian = hessian_of(self, site, target.group, self.damp, order=self.order)
-        for weight in site.weights:
-            rows = take(weight)
-            parts = [
-                compensate(float_rows(rows, start, stop), hessian, target)
-                for start, stop in row_blocks(rows_of(weight), site.columns)
-            ]
-            yield weight, Quantized.concatenate(parts)
+        targets = {w: uniform_of(self.name, self.target(w).name) for w in site.weights}
+        for group in dict.fromkeys(t.group for t in targets.values()):
+            hessian = hessian_of(self, site, group, self.damp, order=self.order)
+            for weight in (w for w in site.weights if targets[w].group == group):
+                rows = take(weight)
+                parts = [
+                    compensate(float_rows(rows, start, stop), hessian, targets[weight])
+                    for start, stop in row_blocks(rows_of(weight), site.columns)
+                ]
+                yield weight, Quantized.concatenate(parts)
+            del hessian
 
 
 @dataclass(frozen=True)
@@ -66,17 +73,20 @@ class _Signs(Uniform):
         return np.where((grouped < 0) ^ (scale[..., None] < 0), np.float32(-1), np.float32(1))
 
 
+def _has_codes(found: Format) -> bool:
+    return isinstance(found, Lookup | Uniform) and not found.name.startswith("q8")
+
+
 def uniform_of(owner: str, name: str) -> Uniform:
     """The uniform codes behind a format's name; PassError when it has none."""
     found = format_of(name)
+    if not _has_codes(found):
+        raise PassError(f"{owner}: format={name!r} has no uniform codes. Use int4_g64, int2_gN, int3_gN, uint4_gN, int8 or alike.")
     if isinstance(found, Lookup):
         if found.bits == 1:
             return _Signs(name, "quantized", 1, found.group, low=-1, high=1)
-        same = format_of(f"int{found.bits}_g{found.group}")
-        assert isinstance(same, Uniform)
-        return replace(same, name=name)
-    if not isinstance(found, Uniform) or name.startswith("q8"):
-        raise PassError(f"{owner}: format={name!r} has no uniform codes. Use int4_g64, int2_gN, int3_gN, uint4_gN, int8 or alike.")
+        found = replace(format_of(f"int{found.bits}_g{found.group}"), name=name)
+    assert isinstance(found, Uniform)
     return found
 
 

@@ -39,13 +39,13 @@ class Gqsa(CalibratedWeights):
     damp: float = 0.01
     name: ClassVar[str] = "gqsa"
 
-    def target(self, columns: int) -> Format:
+    def target(self, weight: Node) -> Format:
         if self.bits != 4:
             raise PassError(f"gqsa: bits={self.bits} is not available; what is kept has 4.")
         return format_of(f"int4_g{self.group}_s{self.sparsity}")
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
-        target = self.target(site.columns)
+        target = self.target(site.weights[0])
         assert isinstance(target, GroupSparse)
         dense = uniform_of(self.name, target.dense.name)
         hessian = hessian_of(self, site, self.group, self.damp, order=True)

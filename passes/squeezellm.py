@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from stemma.ir import Format, Node, PassError, Quantized, Rows, format_of
 from stemma.ir.formats.codebook import fit
-from stemma.passes.calibrate import CalibratedWeights, Site, float_rows, row_blocks, rows_of
+from stemma.passes.calibrate import CalibratedWeights, Site, columns_of, float_rows, row_blocks, rows_of
 from stemma.passes.hessian import mean_squares
 
 MOST_OUTLIERS = 0.05
@@ -30,16 +30,16 @@ class SqueezeLLM(CalibratedWeights):
     outliers: float = 0.0045
     name: ClassVar[str] = "squeezellm"
 
-    def target(self, columns: int) -> Format:
+    def target(self, weight: Node) -> Format:
         if self.bits not in (3, 4) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise PassError(
                 f"squeezellm: bits={self.bits} and outliers={self.outliers} are not available; use 3 or 4 bits, and a share of "
                 f"outliers from 0 to {MOST_OUTLIERS}."
             )
-        return format_of(f"nu{self.bits}_o{round(self.outliers * columns)}")
+        return format_of(f"nu{self.bits}_o{round(self.outliers * columns_of(weight))}")
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
-        squares, target = mean_squares(site.inputs), self.target(site.columns)
+        squares, target = mean_squares(site.inputs), self.target(site.weights[0])
         for weight in site.weights:
             rows = take(weight)
             parts = [

@@ -33,11 +33,11 @@ class TwoFour(CalibratedWeights):
     damp: float = 0.01
     name: ClassVar[str] = "two_four"
 
-    def target(self, columns: int) -> Format:
+    def target(self, weight: Node) -> Format:
         return format_of(f"int4_g{self.group}_2of4")
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
-        target = self.target(site.columns)
+        target = self.target(site.weights[0])
         assert isinstance(target, TwoFourFormat)
         dense = uniform_of(self.name, target.dense.name)
         hessian = hessian_of(self, site, self.group, self.damp, order=True, inner=False)

@@ -20,6 +20,8 @@ from stemma.passes import calibrate
 from stemma.passes.base import PassContext
 from stemma.passes.calibrate import Site, linear_sites, replace_weights, rounded, walk
 from stemma.passes.gptq import Gptq
+from stemma.passes.quantize import Quantize
+from stemma.passes.two_four import TwoFour
 from stemma.passes.workspace import Workspace
 from tests.programs import tiny_lm
 
@@ -90,6 +92,22 @@ def test_a_calibrated_model() -> None:
     assert forward.results[0].inputs[1] is next(n.inputs[0] for n in forward.nodes if n.op.name == "embedding")
     kept = Gptq(format="int4_g32", embeddings=False).run(module, context(weights))["forward"]
     assert kept.results[0].inputs[1].op.name == "weight" and kept.results[0].inputs[1].dtype == "f32"
+
+
+def test_weights_that_were_rounded_get_better_codes() -> None:
+    """After a preset, or compress, each weight keeps the format that it was given; another pass says that nothing is left."""
+    module, weights = tiny_lm()
+    given = context(weights)
+    first = next(n.inputs[1] for n in module["forward"].nodes if n.op.name == "linear")
+    mixed = module.replace(replace_weights(module["forward"], {first: rounded(first, "uint3_g32")}))
+    mixed = Quantize(bits=4, group=32).run(mixed, given)
+    changed = Gptq().run(mixed, given)
+    verify(changed)
+    formats = [[n.inputs[1].dtype for n in m["forward"].nodes if n.op.name == "linear"] for m in (mixed, changed)]
+    assert formats[0] == formats[1] and set(formats[1]) == {"uint3_g32", "int4_g32"}
+    before, after, again = (interpret(m["forward"], [TEXT[0][None]], given.weights)["logits"] for m in (module, mixed, changed))
+    assert np.square(again - before).sum() < np.square(after - before).sum()
+    assert TwoFour().run(mixed, given) is mixed and "no weights of linears" in given.notes[-1]
 
 
 def test_interrupted_and_resumed(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Table lookup beside multiplication, kernels alone: `python -m benchmarks.lookup [--model CHECKPOINT] [-o benchmarks/lookup.md]`.
 
 Every round runs each kernel once, one after the other, so that drift of the machine hits all alike; medians of the rounds. Weights
-"in cache" are one copy of 512 x 2048 and one thread, "from memory" many copies of 8192 x 2048 in turn and all threads. A probe of
-the read bandwidth of the same threads is at both ends of every round: rounds in which it took over 1.2 times its least time are run
-again, as other work had a core meanwhile. Activations are normal numbers, rounded by groups of 128.
+"in cache" are one copy of 512 x 2048, "from memory" many copies of 8192 x 2048 in turn, beside a probe of the read bandwidth of the
+same threads in the same rounds. A round counts if the process had its cores: at least 0.9 of threads times wall time as CPU time.
+That rule does not look at the times of kernels; how many rounds it refused is printed. Activations are normal numbers, rounded by
+groups of 128.
 
 Linear in bits: the largest distance of the times for 1..4 bits from the best line through zero (time = c * bits), nothing
 subtracted; beside it the distance from the best line of any height.
@@ -69,6 +70,10 @@ class Case:
         return float(high - low) / 2 / self.median
 
 
+class Busy(Exception):
+    """Other work has the cores."""
+
+
 class Bench:
     """The kernels of all formats in one library, and weights of `outputs` x COLUMNS that fill `bank` bytes."""
 
@@ -111,23 +116,28 @@ class Bench:
         return Case(run, size)
 
 
-def measure(probe: Case, cases: list[Case], rounds: int, least: float = 1e-3) -> int:
-    """Rounds of all cases in turn, each for at least so many seconds; how many it took to have `rounds` undisturbed ones."""
-    for case in (probe, *cases):
+def measure(cases: list[Case], rounds: int, threads: int, least: float = 1e-3) -> int:
+    """Rounds of all cases in turn, each for at least so many seconds, until `rounds` count; how many it took.
+
+    Where fewer than five count after forty times as many, Busy.
+    """
+    for case in cases:
         case.run(2)
         begin = time.perf_counter()
         case.run(3)
         case.calls = max(1, round(least / (time.perf_counter() - begin) * 3))
-    tried: list[tuple[float, list[float]]] = []
-    kept: list[tuple[float, list[float]]] = []
-    while len(kept) < rounds and len(tried) < 10 * rounds:
-        before, times = probe.time(), [case.time() for case in cases]
-        tried.append((max(before, probe.time()), times))
-        kept = [t for t in tried if t[0] <= 1.2 * min(p for p, _ in tried)]
-    probe.seconds = [p for p, _ in kept]
-    for i, case in enumerate(cases):
-        case.seconds = [times[i] for _, times in kept]
-    return len(tried)
+        case.seconds = []
+    tried = 0
+    while len(cases[0].seconds) < rounds and tried < 40 * rounds:
+        tried += 1
+        wall, used = time.perf_counter(), time.process_time()
+        times = [case.time() for case in cases]
+        if time.process_time() - used >= 0.9 * threads * (time.perf_counter() - wall):
+            for case, seconds in zip(cases, times, strict=True):
+                case.seconds.append(seconds)
+    if len(cases[0].seconds) < 5:
+        raise Busy(f"in {len(cases[0].seconds)} of {tried} rounds the process had {threads} cores to itself")
+    return tried
 
 
 def from_lines(times: list[float]) -> tuple[float, float]:
@@ -143,12 +153,12 @@ def single_row(bench: Bench, rounds: int, where: str) -> list[str]:
     """Lines of the table for one row of x."""
     cases = {name: bench.case(name, 1) for name in (*LOOKED, *MULTIPLIED)}
     probe = bench.probe()
-    tried = measure(probe, list(cases.values()), rounds)
+    tried = measure([probe, *cases.values()], rounds, bench.threads)
     rate = probe.bytes / probe.median / 1e9
     lines = [
         f"## One row, weights {where}, {bench.threads} thread{'s' * (bench.threads > 1)}", "",
         f"{bench.outputs} x {COLUMNS}; reading memory: {rate:.1f} GB/s (±{probe.spread:.0%});"
-        f" {len(probe.seconds)} of {tried} rounds undisturbed.", "",
+        f" {len(probe.seconds)} of {tried} rounds count.", "",
         "| format | µs | ± | GB/s | of the probe | Gop/s |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, case in cases.items():
@@ -166,10 +176,9 @@ def many_rows(bench: Bench, rounds: int, where: str) -> list[str]:
         "Microseconds; lookup with the ratio to the multiply kernel of the same bits (of 1 bit: to the fastest of them).", "",
         "| rows | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|",
     ]  # fmt: skip
-    probe = bench.probe()
     for rows in ROWS:
         cases = {name: bench.case(name, rows) for name in names}
-        measure(probe, list(cases.values()), rounds)
+        measure(list(cases.values()), rounds, bench.threads)
         twins = dict(zip(LOOKED[1:], MULTIPLIED, strict=True)) | {LOOKED[0]: min(MULTIPLIED, key=lambda n: cases[n].median)}
         cells = [
             f"{c.median * 1e6:.1f}" + (f" ({c.median / cases[twins[n]].median:.2f})" if n in twins else "")
@@ -239,9 +248,18 @@ def main() -> None:
         f"`python -m benchmarks.lookup`: {a.variant}, activations {ACTIVATION}, medians of {a.rounds} interleaved rounds,",
         f"load of the machine {os.getloadavg()[0]:.1f} when it began.", "",
     ]  # fmt: skip
-    for where, outputs, bank, threads in (("in cache", 512, 0, 1), ("from memory", 8192, 160 << 20, a.threads)):
+    for where, outputs, bank, threads in (
+        ("in cache", 512, 0, 1),
+        ("from memory", 8192, 160 << 20, 1),
+        ("from memory", 8192, 160 << 20, a.threads),
+    ):
         bench = Bench(library, outputs, bank, threads)
-        lines += single_row(bench, a.rounds, where) + many_rows(bench, max(5, a.rounds // 4), where)
+        try:
+            lines += single_row(bench, a.rounds, where)
+            if not bank or threads > 1:
+                lines += many_rows(bench, max(5, a.rounds // 4), where)
+        except Busy as busy:
+            lines += [f"## Weights {where}, {threads} threads", "", f"Not measured: {busy}.", ""]
         del bench
     lines += repetition(a.model) if a.model else []
     text = "\n".join(lines).rstrip() + "\n"

@@ -130,4 +130,5 @@ def test_a_second_look_without_weight_changes_nothing(model: stemma.Model, draft
         fast += [model.generate_ids(prompt, program=programs[0], **options) for prompt in PROMPTS]
         assert model.generate_ids(PROMPTS, program=programs[0], **options) == fast[-len(PROMPTS) :]
         lossy += [model.generate_ids(prompt, program=programs[1], **options) for prompt in PROMPTS]
-    assert fast == plain != lossy and all(len(text) == 40 for text in lossy)
+    assert fast == plain and all(len(text) == 40 for text in lossy)
+    assert lossy != plain or shape == "measured"  # which drafts nothing while that does not pay

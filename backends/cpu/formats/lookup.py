@@ -1,7 +1,7 @@
 """Weights as bit planes, for table lookup: lut{1,2,3,4}_g{32,64,128}.
 
-Per group of G: 64 f16 scales, then [G/32][units 4][bits][16] dwords. A dword holds one plane of 32 consecutive k of an output: byte i
-has k = 4i..4i+3 in its low nibble and 16+4i..16+4i+3 in its high one, the first k in the lowest bit. The planes together are
+Per group of G: 64 f16 scales, then [G/32][units 4][bits][16] dwords. A dword holds one plane of 32 consecutive k of an output: byte
+i has k = 4i..4i+3 in its low nibble and 16+4i..16+4i+3 in its high one, the first k in the lowest bit. The planes together are
 code + 2^(bits-1); of lut1, a set bit is +1.
 """
 

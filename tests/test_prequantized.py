@@ -83,7 +83,6 @@ def gptq(bits: int, group: int, **options: Any) -> Callable[[int, int], Written]
 
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[int, int], Written], set[str]]] = {
-    "gptq int4": (GPTQ, gptq(4, 32, symmetric=True), {"int4_g32"}),
     "gptq int8 whole rows": (GPTQ | {"bits": 8, "group_size": -1}, gptq(8, 1 << 20, symmetric=True), {"int8_g64", "int8_g128"}),
     "gptq v2 uint3": (
         GPTQ | {"bits": 3, "sym": False, "checkpoint_format": "gptq_v2"}, gptq(3, 64, symmetric=False, stored_offset=0),

@@ -85,7 +85,7 @@ class Awq(Calibrated):
             nonlocal done
             x, name = site.nodes[0].inputs[0], f"{label(site.weights[0])}:{self.name}"
             if x in makers:
-                if not workspace.load(name, {"scales": (np.dtype(np.float32), (site.columns,))}):
+                if not workspace.has(name, {"scales": (np.dtype(np.float32), (site.columns,))}):
                     weights = {w: Rows(w, store) for w in site.weights}
                     workspace.save(name, {"scales": best_scales(weights, site.inputs, self.target(site.weights[0]))})
                 values = np.array(workspace.part(name, "scales"))

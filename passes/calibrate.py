@@ -239,7 +239,7 @@ class CalibratedWeights(Calibrated):
         for weight in left:
             rows, columns = rows_of(weight), columns_of(weight)
             parts = self.target(weight).parts(columns).items()
-            if workspace.load(label(weight), {p: (np.dtype(t), (rows, *extent)) for p, (t, extent) in parts}):
+            if workspace.has(label(weight), {p: (np.dtype(t), (rows, *extent)) for p, (t, extent) in parts}):
                 made[weight] = self._add(context.weights, workspace, weight)
         costs = {w: float(columns_of(w) ** 2 * (rows_of(w) + columns_of(w))) for w in left if w not in made}
         total, done = sum(costs.values()), 0.0

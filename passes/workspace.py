@@ -45,7 +45,7 @@ class Workspace:
         except OSError as error:
             raise PassError(f"A result of the calibration cannot be written to {self.folder}: {error.strerror}.") from None
 
-    def load(self, name: str, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bool:
+    def has(self, name: str, expected: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bool:
         """Whether a whole, undamaged result of these parts is there: numpy type and shape of each."""
         try:
             receipt = json.loads(self._receipt(name).read_text())

@@ -25,7 +25,6 @@ from stemma.passes.two_four import TwoFour
 from stemma.passes.workspace import Workspace
 from tests.programs import tiny_lm
 
-pytestmark = pytest.mark.quick
 RNG = np.random.default_rng(5)
 TEXT = tuple(RNG.integers(0, 50, n) for n in (64, 64, 40))
 MODELS = Path(__file__).parent.parent / "examples" / "models"

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 
 def explain_rule(name: str, model: str | Path, count: int = 5, *, programs: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The best partial matches of a rule, or of each rule of a pass, in a checkpoint folder or a dumped module text.
+    """The best partial matches of a rule, or of each rule of a pass, in a checkpoint or a dumped module text.
 
     For a pass of the stage "program", "speculate{draft=...}": what it does with each of `programs` (all of the library, when none
     is named) on that checkpoint.
     """
     from stemma.calibration import read_text
+    from stemma.frontend.gguf import is_gguf
     from stemma.frontend.hf import trace_checkpoint
     from stemma.ir import parse_module
     from stemma.passes.base import PassContext
@@ -33,7 +34,7 @@ def explain_rule(name: str, model: str | Path, count: int = 5, *, programs: Sequ
     if (head in all_passes() or ".py:" in head) and find_pass(head).stage == "program":
         return explain_programs(make_pass(name), path, programs)
     rules = find_rules(name)
-    if path.is_file():
+    if path.is_file() and not is_gguf(path):
         module = parse_module(read_text(path, "module"))
     else:
         module, weights = trace_checkpoint(path)

@@ -26,16 +26,21 @@ def columns(name: str, count: int) -> int:
     return -(-count // group) * group
 
 
-@pytest.fixture(scope="session", params=FAMILIES, ids=lambda f: f.__name__.split(".")[-1])
-def family_libraries(request: pytest.FixtureRequest) -> dict[str, Library]:
+def libraries_of(family: Any) -> dict[str, Library]:
+    """The kernels of a family's examples, `linear_WEIGHT__ACTIVATION` and `embed_WEIGHT`, by instruction set."""
     kernels = []
-    for w in request.param.EXAMPLES:
+    for w in family.EXAMPLES:
         made = packing_of(w)
         kernels += [linear(f"linear_{w}__{a}", w, a) for a in made.activations]
         kernels.append(
             render("embedding.hpp.j2", name=f"embed_{w}", weight=w, layout="panel", scale=1.5, core=made.core, **made.seams())
         )
     return build(source(kernels))
+
+
+@pytest.fixture(scope="session", params=FAMILIES, ids=lambda f: f.__name__.split(".")[-1])
+def family_libraries(request: pytest.FixtureRequest) -> dict[str, Library]:
+    return libraries_of(request.param)
 
 
 @pytest.fixture

@@ -108,7 +108,8 @@ class Groups(Planes):
         groups = panel.reshape(columns // self.format.group, -1)
         sides = np.ascontiguousarray(groups[:, : self.sides_bytes]).view(np.float16).astype(np.float32)
         parts: dict[str, NDArray[Any]] = {"codes": self.unpack_codes(np.ascontiguousarray(groups[:, self.sides_bytes :]), columns)}
-        parts |= {name: sides[:, i * PANEL : (i + 1) * PANEL].T for i, name in enumerate(self.names)}
+        for i, name in enumerate(self.names):
+            parts[name] = sides[:, i * PANEL : (i + 1) * PANEL].T
         return quantized(self.format, **parts)
 
     def seams(self) -> dict[str, Any]:
@@ -167,7 +168,8 @@ class SuperBlocks(Planes):
         supers = panel.reshape(columns // SUPER, -1)
         factors = np.ascontiguousarray(supers[:, : self.factors_bytes]).view(np.float16).astype(np.float32)
         pairs = supers[:, self.factors_bytes :].reshape(len(supers), SUPER // self.rule.sub // 2, -1)
-        low, high = pairs[:, :, : 2 * PANEL], pairs[:, :, 2 * PANEL : self.side_rows * PANEL]
+        low: Bytes = pairs[:, :, : 2 * PANEL]
+        high: Bytes = pairs[:, :, 2 * PANEL : self.side_rows * PANEL]
 
         def part(side: NDArray[Any]) -> NDArray[Any]:  # [64, numbers of the row]
             return side.reshape(-1, PANEL).T

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from stemma.backends.base import Backend, Claim, Inputs, Refusal
 from stemma.codegen.generate import Generated, generate
-from stemma.ir import CompileError, Function, Node, constant_nodes, ops, stamp, tensors_of
+from stemma.ir import CompileError, Function, Node, constant_nodes, dtype, ops, stamp, tensors_of
 
 SCALARS = ("constant", "size_value")
 ROUNDS = 64
@@ -176,6 +176,13 @@ def _step(offers: Offers, constant: Container[Node], failed: dict[str, str]) -> 
                     return results[0]  # type: ignore[no-any-return]
                 opened[node] = results
                 return node
+            stored = next((i.dtype for i in inputs if i in constant and dtype(i.tensor.dtype).kind == "quantized"), None)
+            if stored is not None and node.op.name != "dequantize":  # a decomposition would store it as f32, unasked
+                raise CompileError(
+                    f"The backend {offers.backend.name} has no kernel for this {node.op.name} with a weight of {stored}"
+                    f"{f' (from {node.origin.line})' if node.origin.line else ''}: {offer.reason}. Choose another format, or other "
+                    "activations: see round_activations."
+                )
             if node.op.decompose is not None:
                 return node.op.decompose(*inputs, **node.attrs)
         where = f" (from {node.origin.line})" if node.origin.line else ""

@@ -22,7 +22,7 @@ PAIRS = (
     ("int4_g64", "f32"), ("int4_g32", "q8_g32"), ("int4_g64", "q8_g64"), ("int4_g128", "q8_g128"),
     ("int2_g64", "f32"), ("int2_g64", "q8_g64"), ("int2_g128", "q8_g128"), ("int3_g64", "f32"), ("int3_g64", "q8_g64"),
     ("uint2_g64", "f32"), ("uint2_g64", "q8_g64"), ("uint3_g64", "q8_g64"), ("uint4_g64", "q8_g64"), ("int8_g64", "q8_g64"),
-    ("ternary_g64", "q8_g64"),
+    ("ternary_g64", "q8_g64"), ("q2_k", "q8_g32"), ("q4_k", "q8_g32"), ("q6_k", "q8_g32"),
     ("int4_g64_s50", "q8_g64"), ("int4_g32_s50", "q8_g32"), ("int4_g16_s50", "q8_g32"), ("int4_g64_s50", "f32"),
     ("int4_g64_2of4", "q8_g64"), ("int4_g64_2of4", "f32"), ("nu4_o9", "f32"), ("nu4_o9", "q8_g64"), ("nu3_o9", "f32"),
     *((f"lut{bits}_g{group}", f"q8_g{group}") for bits in (1, 2, 3, 4) for group in (64, 128)),

@@ -205,5 +205,5 @@ def packing(format: DType) -> Packing | None:
     return Groups(format, "planes", activations, format.bits, -128 if format.bits == 8 else format.low, format.zeros)
 
 
-EXAMPLES = ("int2_g128", "int3_g32", "uint3_g32", "uint4_g32", "int8_g32", "q2_k", "q4_k", "q6_k")
+EXAMPLES = ("int2_g128", "int3_g32", "uint4_g32", "int8_g32", "q2_k", "q4_k", "q6_k")
 """Names that the tests of all formats try."""

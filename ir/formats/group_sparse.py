@@ -38,6 +38,10 @@ class GroupSparse(Format):
     def rows_together(self) -> int:
         return UNIT
 
+    @property
+    def activation_group(self) -> int:
+        return max(32, self.group)
+
     def parts(self, columns: int) -> dict[str, tuple[type, tuple[int, ...]]]:
         groups = columns // self.group
         return {"codes": (np.int8, (columns,)), "scales": (np.float32, (groups,)), "kept": (np.bool_, (groups,))}

@@ -1,11 +1,11 @@
 """Group-sparse int4 (GQSA). A panel lists its kept groups column by column, outputs ascending, in packs of up to 16 outputs:
 
-codes    a pack of W outputs is [N/8][W] little-endian dwords; byte i of a dword is (code[k+i] + 8) | (code[k+4+i] + 8) << 4
-scales   f16 a kept group
 masks    u64 a column of groups: bit i is set when output i of the panel keeps its group
+scales   f16 a kept group
+codes    a pack of W outputs is [N/8][W] little-endian dwords; byte i of a dword is (code[k+i] + 8) | (code[k+4+i] + 8) << 4
 
-and zeros up to a multiple of 64 bytes, at least 32: the kernel reads scales by sixteen. Codes and scales have places for four units
-of 16 rows; a panel of fewer rows leaves the last ones empty.
+and zeros up to a multiple of 64 bytes, at least 64: the kernel reads packs by 16 outputs. Scales and codes have places for four units
+of 16 rows; fewer rows leave the last ones empty.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class GroupSparseInt4(Packing):
 
     def panel_bytes(self, columns: int) -> int:
         group = self.format.group
-        return -(-(self.places(columns) * (group // 2 + 2) + columns // group * 8 + 32) // 64) * 64
+        return -(-(columns // group * 8 + self.places(columns) * (group // 2 + 2) + 64) // 64) * 64
 
     def pack_panel(self, rows: Any) -> Bytes:
         k, group = rows.shape[1], self.format.group
@@ -60,18 +60,19 @@ class GroupSparseInt4(Packing):
         nibbles = (padded(rows.codes, PANEL, k) + np.int8(8)).astype(np.uint8).reshape(PANEL, groups, group // 8, 2, 4)
         dwords = np.ascontiguousarray(nibbles[..., 0, :] | nibbles[..., 1, :] << np.uint8(4)).view(np.uint32)[..., 0]
         panel = np.zeros(self.panel_bytes(k), np.uint8)
-        codes, scales, masks = self._lists(panel, k)
+        masks, scales, codes = self._lists(panel, k)
         codes[self._order(kept)] = dwords[row, column]
         scales[: len(row)] = padded(rows.scales, PANEL, groups)[row, column]
         masks[:] = np.packbits(np.ascontiguousarray(kept.T), axis=1, bitorder="little")
         return raw(panel)
 
-    def _lists(self, panel: Bytes, columns: int) -> tuple[NDArray[np.uint32], NDArray[np.float16], Bytes]:
-        """Views of a panel's lists: dwords of codes, scales, masks [groups, 8]."""
+    def _lists(self, panel: Bytes, columns: int) -> tuple[Bytes, NDArray[np.float16], NDArray[np.uint32]]:
+        """Views of a panel's lists: masks [groups, 8], scales, dwords of codes."""
         group, places = self.format.group, self.places(columns)
-        scales, masks = places * group // 2, places * (group // 2 + 2)
-        end = masks + columns // group * 8
-        return panel[:scales].view(np.uint32), panel[scales:masks].view(np.float16), panel[masks:end].reshape(-1, 8)
+        scales = columns // group * 8
+        codes = scales + places * 2
+        end = codes + places * group // 2
+        return panel[:scales].reshape(-1, 8), panel[scales:codes].view(np.float16), panel[codes:end].view(np.uint32)
 
     def _order(self, kept: NDArray[np.bool_]) -> NDArray[np.intp]:
         """Where the dwords [kept groups, N/8] lie in the list of codes."""
@@ -87,12 +88,12 @@ class GroupSparseInt4(Packing):
 
     def unpack_panel(self, panel: Bytes, columns: int) -> Any:
         group = self.format.group
-        listed, steps, masks = self._lists(panel, columns)
+        masks, listed, words = self._lists(panel, columns)
         kept = np.unpackbits(masks, axis=1, bitorder="little").T.astype(np.bool_)
         column, row = np.nonzero(kept.T)
         scales = np.zeros(kept.shape, np.float32)
-        scales[row, column] = steps[: len(row)]
-        packed = np.ascontiguousarray(listed[self._order(kept)])[..., None].view(np.uint8)
+        scales[row, column] = listed[: len(row)]
+        packed = np.ascontiguousarray(words[self._order(kept)])[..., None].view(np.uint8)
         nibbles = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=2).reshape(-1, group)
         codes = np.zeros((*kept.shape, group), np.int8)
         codes[row, column] = nibbles.astype(np.int8) - np.int8(8)

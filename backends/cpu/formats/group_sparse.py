@@ -4,8 +4,8 @@ masks    u64 a column of groups: bit i is set when output i of the panel keeps i
 scales   f16 a kept group
 codes    a pack of W outputs is [N/8][W] little-endian dwords; byte i of a dword is (code[k+i] + 8) | (code[k+4+i] + 8) << 4
 
-and zeros up to a multiple of 64 bytes, at least 64: the kernel reads packs by 16 outputs. Scales and codes have places for four units
-of 16 rows; fewer rows leave the last ones empty.
+and zeros up to a multiple of 64 bytes, at least 64: the kernel reads packs by 16 outputs. Scales and codes have places for four
+units of 16 rows; fewer rows leave the last ones empty.
 """
 
 from __future__ import annotations

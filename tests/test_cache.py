@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import stemma
+from stemma.cli.output import human_bytes
 from stemma.compiler import compile
 from stemma.frontend.hf import trace_checkpoint
 from stemma.ir import Array, CompileError, PassError, interpret, parse_module, print_module, verify
@@ -98,7 +99,8 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return request.param, path
 
 
-def test_artifact(artifact: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+def test_artifact(artifact: tuple[str, Path]) -> None:
     """The loss is in the manifest, and the cache is as small as it says."""
     name, path = artifact
     with stemma.load(path) as model:
@@ -109,9 +111,10 @@ def test_artifact(artifact: tuple[str, Path], capsys: pytest.CaptureFixture[str]
     row = {"int8": 32 + 4, "int4": 16 + 4}[name]
     assert len(states) == 10 and {s.row_bytes for s in states} == {row} and states[0].nbytes({"slots": 3}) == 4 * 3 * row
     said = run("inspect", str(path)).output
-    assert f"cache: {states[0].dtype}, {10 * 4 * row / 1000:.2f} kB per token" in said
+    assert f"cache: {states[0].dtype}, {human_bytes(10 * 4 * row)} per token" in said
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_each_other(artifact: tuple[str, Path]) -> None:
     """The same bits of a text alone, in a batch, in pieces and with another number of threads; near the reference interpreter."""
     name, path = artifact
@@ -132,6 +135,7 @@ def test_rows_do_not_depend_on_each_other(artifact: tuple[str, Path]) -> None:
         assert error[0] < 1e-5 and np.median(error) < 1e-2, error  # a code may fall on the other side of a tie
 
 
+@pytest.mark.slow
 def test_speculated_tokens_are_those_of_plain_decoding(artifact: tuple[str, Path]) -> None:
     _, path = artifact
     with stemma.load(path) as model:

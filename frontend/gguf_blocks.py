@@ -28,10 +28,8 @@ from stemma.ir import Array, CheckpointError, Quantized, Tensor
 Parts = dict[str, Array]
 _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
-_MINIMUMS = "has minimums in f16 beside its scales, which no format here holds without rounding"
-_REFUSED = {
-    "Q4_1": _MINIMUMS, "Q5_1": _MINIMUMS, "Q5_K": "has codes of 5 bits with minimums, which no format here holds",
-}  # fmt: skip
+_MINIMUMS = "whose minimums in f16 no format here holds without rounding"
+_REFUSED = {"Q4_1": _MINIMUMS, "Q5_1": _MINIMUMS, "Q5_K": "whose codes of 5 bits with minimums no format here holds"}
 
 
 @dataclass(frozen=True)
@@ -117,9 +115,9 @@ def stored(tensor: GgufTensor, path: Path, order: Array | None = None) -> Blocks
         entry = Entry(tensor.name, path, _FLOATS[kind], tensor.shape, tensor.offset, tensor.bytes)
         return entry if order is None else OrderedRows(entry, order)
     if kind not in _DECODERS or len(tensor.shape) != 2:
-        reason = _REFUSED.get(kind, "is not read") if kind not in _DECODERS else f"is read for matrices, not {tensor.shape}"
+        reason = f"which is read for matrices, not {tensor.shape}" if kind in _DECODERS else _REFUSED.get(kind, "which is not read")
         raise CheckpointError(
-            f"The tensor {tensor.name!r} in {path} is of the kind {kind}, which {reason}. Read are "
+            f"The tensor {tensor.name!r} in {path} is of the kind {kind}, {reason}. Read are "
             f"{', '.join((*_FLOATS, *_DECODERS))}: make such a file of the original model with llama.cpp's llama-quantize."
         )
     return Blocks(tensor, path, order)

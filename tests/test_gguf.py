@@ -269,7 +269,7 @@ def test_metadata_that_cannot_be_used(name: str, good: Path, monkeypatch: pytest
 @pytest.mark.parametrize("kind", ["Q4_1", "Q5_1"])
 def test_kinds_that_no_format_holds_exactly(kind: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", make_model("llama", num_hidden_layers=1), "llama", lambda name: kind)
-    with pytest.raises(CheckpointError, match=f"of the kind {kind}, which has minimums in f16.*llama-quantize"):
+    with pytest.raises(CheckpointError, match=f"of the kind {kind}, whose minimums in f16.*llama-quantize"):
         load_checkpoint(tmp_path / "m.gguf")
 
 

@@ -128,35 +128,48 @@ def compensate(
     sides = np.empty((2, columns // group, rows), np.float32)
     diagonal = np.diagonal(hessian.factor(0, columns))
     kept = np.ones((group, 1), np.bool_)
-    block = BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group)
-    for start in range(0, columns, block):
-        stop = min(columns, start + block)
-        factor = hessian.factor(start, stop)
-        errors = np.empty((stop - start, rows), np.float32)
-        for i in range(start, stop):
-            if i % group == 0:
-                part = w[i : i + group]
-                if keep is not None:
-                    kept = keep(int(groups[i // group]), part, diagonal[i : i + group])
-                    part = part * kept
-                fitted = target.round_rows(np.ascontiguousarray(part.T))
-                for side, name in zip(sides, names, strict=False):
-                    side[i // group] = fitted[name][:, 0]
-            own = [side[i // group][:, None] for side in sides[: 1 + target.zeros]]
-            codes[i] = target.codes(w[i][:, None, None], *own)[:, 0, 0]
+
+    def rounded(i: int) -> Array:
+        nonlocal kept
+        g = i // group
+        if i % group == 0:
+            part = w[i : i + group]
             if keep is not None:
-                codes[i] *= kept[i % group]
-            value = codes[i] - own[1][:, 0] if target.zeros else codes[i]
-            error = (w[i] - value * own[0][:, 0]) / factor[i - start, i - start]
-            errors[i - start] = error
-            w[i + 1 : stop] -= factor[i - start, i + 1 - start : stop - start, None] * error
-        if stop < columns:
-            w[stop:] -= factor[:, stop - start :].T @ errors
+                kept = keep(int(groups[g]), part, diagonal[i : i + group])
+                part = part * kept
+            fitted = target.round_rows(np.ascontiguousarray(part.T))
+            for side, name in zip(sides, names, strict=False):
+                side[g] = fitted[name][:, 0]
+        codes[i] = target.codes(w[i][:, None, None], *(side[g][:, None] for side in sides[: len(names)]))[:, 0, 0]
+        if keep is not None:
+            codes[i] *= kept[i % group]
+        return np.asarray((codes[i] - sides[1][g] if target.zeros else codes[i]) * sides[0][g])
+
+    feed_back(w, hessian, rounded, BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group))
     levels = codes - np.repeat(sides[1], group, axis=0) if target.zeros else codes
     refit(weight[:, hessian.order].T, levels, sides[0], hessian, target, sweeps)
     found = {"codes": codes, "scales": sides[0]} | ({"zeros": sides[1]} if target.zeros else {})
     places = {"codes": hessian.order, "scales": groups, "zeros": groups}
     return Quantized(target.name, {name: _placed(part, places[name], name) for name, part in found.items()})
+
+
+def feed_back(w: NDArray[np.float32], hessian: Hessian, rounded: Callable[[int], Array], block: int = BLOCK) -> None:
+    """Columns w [K, R], in the order of `hessian`, are rounded one by one, and those that are left make up for it, in place.
+
+    rounded: given a column's number, what w[i], as it is by then, becomes. block: columns after which the rest is brought up to
+    date; a group that begins with a block is.
+    """
+    columns, rows = w.shape
+    for start in range(0, columns, block):
+        stop = min(columns, start + block)
+        factor = hessian.factor(start, stop)
+        errors = np.empty((stop - start, rows), np.float32)
+        for i in range(start, stop):
+            error = (w[i] - rounded(i)) / factor[i - start, i - start]
+            errors[i - start] = error
+            w[i + 1 : stop] -= factor[i - start, i + 1 - start : stop - start, None] * error
+        if stop < columns:
+            w[stop:] -= factor[:, stop - start :].T @ errors
 
 
 def refit(weight: Array, levels: Array, scales: Array, hessian: Hessian, target: Uniform, sweeps: int = 1) -> None:

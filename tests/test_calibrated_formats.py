@@ -24,8 +24,11 @@ from tests.test_calibrate import TEXT, context
 from tests.test_gptq import correlated
 
 pytestmark = pytest.mark.quick
-PASSES = (Gqsa(), Gqsa(sparsity=20, group=16), TwoFour(), SqueezeLLM(), SqueezeLLM(bits=3, outliers=0), Gptq(format="lut1_g64"),
-          Gptq(format="lut2_g64"))  # fmt: skip
+PASSES = (
+    Gqsa(), Gqsa(sparsity=20, group=16), TwoFour(), SqueezeLLM(), SqueezeLLM(bits=3, outliers=0), SqueezeLLM(compensate=True),
+    SqueezeLLM(bits=3, outliers=0, compensate=True), SqueezeLLM(outliers=0.03, compensate=True), Gptq(format="lut1_g64"),
+    Gptq(format="lut2_g64"),
+)  # fmt: skip
 
 
 class Given:
@@ -72,6 +75,16 @@ def test_outputs_are_closer_than_without_calibration(step: CalibratedWeights) ->
     nearest = quantize_array(w, made.dtype)
     errors = [np.square(x @ (q.dequantize() - w).T).sum() for q in (made, nearest)]
     assert errors[0] < errors[1], errors
+
+
+def test_compensation_under_codebooks() -> None:
+    """Outputs are closer than with the same codebooks and codes to nearest; outliers' columns are exact, but for f16."""
+    rng = np.random.default_rng(4)
+    x, w = correlated(rng, 800, 128), rng.standard_normal((40, 128), dtype=np.float32)
+    nearest, made = (choose(SqueezeLLM(bits=3, outliers=0.05, compensate=c), w, x) for c in (False, True))
+    np.testing.assert_array_equal(nearest.parts["codebook"], made.parts["codebook"])
+    errors = [np.square(x @ (q.dequantize() - w).T).sum() for q in (made, nearest)]
+    assert errors[0] < 0.7 * errors[1], errors
 
 
 @pytest.mark.parametrize("step", PASSES, ids=repr)

@@ -352,6 +352,11 @@ def _check(entry: StoredTensor, name: str, tensor: torch.Tensor, checkpoint: Che
             f"The weight {entry.name!r} in {entry.path} is stored as {entry.dtype}, but {name!r} is a float parameter: this is a "
             "quantized checkpoint of a kind that is not read. Use GPTQ, AWQ, GGUF, or the original one in bfloat16 or float32."
         )
+    if kind == "quantized" and entry.shape == tuple(tensor.shape)[::-1]:
+        raise UnsupportedError(
+            f"The quantized weight {entry.name!r} in {entry.path} belongs to a layer that multiplies by columns (Conv1D, as in "
+            "GPT-2), which is not supported. Use the original checkpoint: Stemma quantizes it with a pass."
+        )
     if entry.shape != tuple(tensor.shape):
         raise CheckpointError(
             f"The weight {entry.name!r} in {entry.path} has the shape {entry.shape}, but {checkpoint.described_by} describes "

@@ -19,11 +19,11 @@ from stemma.compiler import compile
 from stemma.frontend.hf import load_checkpoint, trace_checkpoint
 from stemma.frontend.prequantized import unpack_tensors
 from stemma.frontend.safetensors import read_header
-from stemma.ir import CheckpointError, interpret
+from stemma.ir import CheckpointError, UnsupportedError, interpret
 from stemma.passes.base import PassContext
 from stemma.passes.canonicalize import Canonicalize
 from stemma.passes.quantize import Quantize
-from tests.models import VOCABULARY
+from tests.models import VOCABULARY, make_checkpoint
 from tests.quantized_files import Written, awq_linear, gptq_linear, quantized_folder
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
@@ -218,6 +218,20 @@ def test_what_cannot_be_read_is_one_clear_error(name: str, folder: Path, tmp_pat
         checkpoint = load_checkpoint(tmp_path)
         checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].load()
     assert "\n" not in str(error.value) and 40 < len(str(error.value)) < 600
+
+
+def test_layers_by_columns_are_refused(tmp_path: Path) -> None:
+    """GPT-2's layers have their weights the other way round."""
+    make_checkpoint("gpt2", tmp_path, n_layer=1)
+    tensors = load_file(tmp_path / "model.safetensors")
+    made = gptq_linear(np.random.default_rng(0), 192, 64, 4, 32, symmetric=True)
+    del tensors["transformer.h.0.attn.c_attn.weight"]
+    tensors |= {f"transformer.h.0.attn.c_attn.{n}": t.contiguous() for n, t in made.tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": GPTQ}))
+    with pytest.raises(UnsupportedError, match="c_attn.weight' .* by columns \\(Conv1D, as in GPT-2\\)"):
+        trace_checkpoint(tmp_path)
 
 
 def test_uneven_groups(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_options_are_read_by_the_types_of_the_fields() -> None:
     "text, message",
     [
         ("canonicalise", "no pass 'canonicalise'. Did you mean canonicalize?"),
-        ("zzz", "There are: canonicalize, early_exit, everything, "),
+        ("zzz", "There are: awq, "),
         ("canonicalize{deep=1}", "takes no option 'deep'. It has none."),
         ("everything{nunber=1}", "takes no option 'nunber'. Its options: number=..., ratio=0.5, flag=False"),
         ("everything{3}", "takes options written option=value, not '3'"),

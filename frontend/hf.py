@@ -298,7 +298,7 @@ def _map_weights(model: Any, checkpoint: Checkpoint) -> dict[str, StoredTensor]:
             if isinstance(tensor, torch.nn.Parameter) or (tensor.is_floating_point() and not _optional(model, names[0])):
                 missing.append(names[0])
         elif tensor.is_floating_point():
-            _check(entry, names[0], tensor, checkpoint)
+            _check(entry, names[0], tensor, model.get_submodule(names[0].rpartition(".")[0]), checkpoint)
             stored[names[0]] = entry
     if missing or extra:
         parts = [f"{len(n)} tensors {what} ({', '.join(sorted(n)[:4])}{', ...' if len(n) > 4 else ''})"
@@ -341,8 +341,8 @@ def _renamed(model: Any, checkpoint: Checkpoint, expected: dict[str, torch.Tenso
     return by_name, unknown
 
 
-def _check(entry: StoredTensor, name: str, tensor: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """CheckpointError unless a stored tensor has the shape and an element type that the model can compute with."""
+def _check(entry: StoredTensor, name: str, tensor: torch.Tensor, layer: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """CheckpointError unless a stored tensor of a layer has the shape and an element type that the model can compute with."""
     try:
         kind = dtype(entry.dtype).kind
     except TypeMismatch:  # a type of safetensors that the IR does not have, such as F8_E4M3
@@ -352,7 +352,7 @@ def _check(entry: StoredTensor, name: str, tensor: torch.Tensor, checkpoint: Che
             f"The weight {entry.name!r} in {entry.path} is stored as {entry.dtype}, but {name!r} is a float parameter: this is a "
             "quantized checkpoint of a kind that is not read. Use GPTQ, AWQ, GGUF, or the original one in bfloat16 or float32."
         )
-    if kind == "quantized" and entry.shape == tuple(tensor.shape)[::-1]:
+    if kind == "quantized" and type(layer).__name__ == "Conv1D":
         raise UnsupportedError(
             f"The quantized weight {entry.name!r} in {entry.path} belongs to a layer that multiplies by columns (Conv1D, as in "
             "GPT-2), which is not supported. Use the original checkpoint: Stemma quantizes it with a pass."

@@ -1,9 +1,10 @@
 """Codebooks with outliers (SqueezeLLM). Rows of a panel go by fours; a block is 16 dwords of codes, one a lane.
 
+first    f16 codebooks [64][2^bits], f16 outliers [64][M], u16 columns [64][M]
 nu4      [16 fours][blocks of 128][4 outputs][16] dwords; nibble j of dword i is the code of column 16*j + i of the block
-nu3      [16 fours][blocks of 256][4 outputs]: 16 dwords, pair of bits j of dword i the low bits of the code of column 16*j + i;
-         then 8 dwords with its highest bit: bit j of dword i, bit 16 + j of dword i - 8 for i of 8 and more
-then     f16 codebooks [64][2^bits], f16 outliers [64][M], u16 columns [64][M]
+nu3      [16 fours][blocks of 512][4 outputs][3][16] dwords; the 32 codes of lane i are columns 16*j + i; a dword has ten, the
+         first lowest; bits 30 and 31 of the first and of the third dword are the low bits of codes 30 and 31, bits 30 and 31 of
+         the second their highest
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class CodebookPacking(Packing):
     @property
     def block(self) -> int:
         """Columns of a block."""
-        return 128 if self.format.bits == 4 else 256
+        return 128 if self.format.bits == 4 else 512
 
     def refusal(self, columns: int) -> str:
         return self.format.refusal(columns) if isinstance(self.format, Codebook) else ""
@@ -52,19 +53,21 @@ class CodebookPacking(Packing):
         if self.format.bits == 4:
             lanes = _joined(codes, 4)
         else:
-            high = _joined(codes >> np.uint32(2), 1)
-            lanes = np.concatenate([_joined(codes & np.uint32(3), 2), high[..., :8] | high[..., 8:] << np.uint32(16)], axis=-1)
+            lanes = np.stack([_joined(codes[..., at : at + 10, :], 3) for at in (0, 10, 20)], axis=-2)
+            last = codes[..., 30:, :]
+            lanes[..., ::2, :] |= last << np.uint32(30)
+            lanes[..., 1, :] |= _joined(last >> np.uint32(2), 1) << np.uint32(30)
         sides = [padded(rows.parts[n], PANEL, rows.parts[n].shape[1]) for n in ("codebook", "outliers", "columns")]
-        return np.concatenate([raw(lanes), *(raw(s.astype(t)) for s, t in zip(sides, _TYPES, strict=True))])
+        return np.concatenate([*(raw(s.astype(t)) for s, t in zip(sides, _TYPES, strict=True)), raw(lanes)])
 
     def unpack_panel(self, panel: Bytes, columns: int) -> Any:
-        end, blocks = self.code_bytes(columns), -(-columns // self.block)
-        lanes = panel[:end].view(np.uint32).reshape(PANEL // FOUR, blocks, FOUR, -1)
+        end, blocks = 0, -(-columns // self.block)
+        lanes = panel[-self.code_bytes(columns) :].view(np.uint32).reshape(PANEL // FOUR, blocks, FOUR, -1, 16)
         if self.format.bits == 4:
-            codes = _split(lanes, 4)
+            codes = _split(lanes[..., 0, :], 4, 8)
         else:
-            high = np.concatenate([lanes[..., 16:] & np.uint32(0xFFFF), lanes[..., 16:] >> np.uint32(16)], axis=-1)
-            codes = _split(lanes[..., :16], 2) | _split(high, 1)[..., :16, :] << np.uint32(2)
+            last = lanes[..., ::2, :] >> np.uint32(30) | _split(lanes[..., 1, :] >> np.uint32(30), 1, 2) << np.uint32(2)
+            codes = np.concatenate([*(_split(lanes[..., m, :], 3, 10) for m in range(3)), last], axis=-2)
         codes = codes.transpose(0, 2, 1, 3, 4).reshape(PANEL, -1)[:, :columns]
         sides = []
         for count, kind in zip((2**self.format.bits, self.book.outliers, self.book.outliers), _TYPES, strict=True):
@@ -89,9 +92,9 @@ def _joined(fields: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
     return np.asarray(np.bitwise_or.reduce(fields << shifts, axis=-2), np.uint32)
 
 
-def _split(dwords: NDArray[np.uint32], bits: int) -> NDArray[np.uint32]:
-    """The inverse of `_joined`: all fields [.., 32 / bits, 16]."""
-    shifts = (np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits))[:, None]
+def _split(dwords: NDArray[np.uint32], bits: int, count: int) -> NDArray[np.uint32]:
+    """The inverse of `_joined`: the first fields [.., count, 16]."""
+    shifts = (np.arange(count, dtype=np.uint32) * np.uint32(bits))[:, None]
     return np.asarray(dwords[..., None, :] >> shifts & np.uint32(2**bits - 1))
 
 

@@ -147,7 +147,8 @@ def compensate(
 
     feed_back(w, hessian, rounded, BLOCK if group % BLOCK == 0 else group * max(1, BLOCK // group))
     levels = codes - np.repeat(sides[1], group, axis=0) if target.zeros else codes
-    refit(weight[:, hessian.order].T, levels, sides[0], hessian, target, sweeps)
+    np.take(weight.T, hessian.order, axis=0, out=w, mode="clip")  # the original values again, without another copy
+    refit(w, levels, sides[0], hessian, target, sweeps)
     found = {"codes": codes, "scales": sides[0]} | ({"zeros": sides[1]} if target.zeros else {})
     places = {"codes": hessian.order, "scales": groups, "zeros": groups}
     return Quantized(target.name, {name: _placed(part, places[name], name) for name, part in found.items()})
@@ -172,25 +173,26 @@ def feed_back(w: NDArray[np.float32], hessian: Hessian, rounded: Callable[[int],
             w[stop:] -= factor[:, stop - start :].T @ errors
 
 
-def refit(weight: Array, levels: Array, scales: Array, hessian: Hessian, target: Uniform, sweeps: int = 1) -> None:
+def refit(w: Array, levels: Array, scales: Array, hessian: Hessian, target: Uniform, sweeps: int = 1) -> None:
     """Fit scales [groups, R] to levels c [K, R] (codes less zero points) in place, so that (w - s c)^T H (w - s c) becomes least:
     group by group, each rounded as it is stored before the next.
 
-    weight: [K, R]. All in the order of `hessian`.
+    w: the original columns [K, R]; they become the errors that are left. All in the order of `hessian`.
     """
     group = len(levels) // len(scales)
-    error = weight - levels * np.repeat(scales, group, axis=0)
+    for g in range(len(scales)):
+        w[g * group : (g + 1) * group] -= levels[g * group : (g + 1) * group] * scales[g]
     for _ in range(sweeps):
         for g in range(len(scales)):
             part = slice(g * group, (g + 1) * group)
             rows = hessian.rows(part.start, part.stop)
             level = levels[part]
             energy = np.einsum("ir,ir->r", level, rows[:, part] @ level)
-            gain = np.einsum("ir,ir->r", level, rows @ error)
+            gain = np.einsum("ir,ir->r", level, rows @ w)
             best = scales[g] + np.divide(gain, energy, out=np.zeros_like(energy), where=energy > 0)
             best = np.where(energy > 0, best, np.float32(0))
             best = best if target.scale_bits == 32 else as_f16(best, target.name)
-            error[part] += level * (scales[g] - best)
+            w[part] += level * (scales[g] - best)
             scales[g] = best
 
 

@@ -47,7 +47,7 @@ def grow(folder: Path, output: Path, megabytes: float) -> int:
     config |= {"intermediate_size": NEURONS, "num_hidden_layers": count}
     (output / "config.json").write_text(json.dumps(config, indent=2))
     save_file(weights, output / "model.safetensors", {"format": "pt"})
-    return count
+    return int(count)
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def write_gguf(
             try:
                 raw = gguf.quants.quantize(values, Kind[kind])
             except NotImplementedError:
-                raw = random_blocks(rng, kind, len(values), values.shape[1], exponent=0x02)
+                raw = random_blocks(rng, kind, len(values), int(values.shape[1]), 0x02)
             writer.add_tensor(name, raw, raw_dtype=Kind[kind])
             stood = gguf.quants.dequantize(raw, Kind[kind])
             if count:

@@ -241,7 +241,8 @@ class CalibratedWeights(Calibrated):
             parts = self.target(weight).parts(columns).items()
             if workspace.has(label(weight), {p: (np.dtype(t), (rows, *extent)) for p, (t, extent) in parts}):
                 made[weight] = self._add(context.weights, workspace, weight)
-        costs = {w: float(columns_of(w) ** 2 * (rows_of(w) + columns_of(w))) for w in left if w not in made}
+        # Compensation takes K^2 for each of N rows; making and factoring H as long as K / 7 more rows (2048 x 8192, 8192 x 2048).
+        costs = {w: columns_of(w) ** 2 * (rows_of(w) + columns_of(w) / 7) for w in left if w not in made}
         total, done = sum(costs.values()), 0.0
         if made and costs:
             context.notes.append(f"{self.name}: went on after {len(made)} of {len(left)} weights of an interrupted calibration.")

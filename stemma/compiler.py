@@ -162,5 +162,5 @@ def _kept(workspace: Path) -> str:
     if not workspace.exists():
         return ""
     return (
-        f"What was calibrated so far is kept in {workspace}: the same command goes on from there. Remove it if you do not want to."
+        f"What was calibrated so far is kept in {workspace}: the same command goes on from there."
     )

@@ -112,16 +112,20 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: None
         return
     if not console.is_terminal:
-        seen: dict[str, tuple[float, float]] = {}  # when a stage began, when it was last told of
+        seen: set[str] = set()
+        current, began, told, first = "", 0.0, 0.0, 0  # the stage since when, when it was last told of, how much was done then
 
         def line(stage: str, done: int, total: int) -> None:
+            nonlocal current, began, told, first
             now = time.monotonic()
-            began, told = seen.setdefault(stage, (now, now))
-            if began == now:
-                console.print(f"{stage} ...", markup=False)
-            elif now - told >= TELL_AGAIN and 0 < done < total:
-                seen[stage] = (began, now)
-                left = (now - began) * (total - done) / done
+            if stage != current:
+                current, began, told, first = stage, now, now, done
+                if stage not in seen:
+                    seen.add(stage)
+                    console.print(f"{stage} ...", markup=False)
+            elif now - told >= TELL_AGAIN and first < done < total:
+                told = now
+                left = (now - began) * (total - done) / (done - first)
                 console.print(f"{stage}: {done / total:.0%}, about {_duration(left)} left", markup=False)
 
         yield line

@@ -161,6 +161,4 @@ def _kept(workspace: Path) -> str:
     """What to tell who interrupts a compile."""
     if not workspace.exists():
         return ""
-    return (
-        f"What was calibrated so far is kept in {workspace}: the same command goes on from there."
-    )
+    return f"What was calibrated so far is kept in {workspace}: the same command goes on from there."

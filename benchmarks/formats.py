@@ -25,10 +25,10 @@ import numpy as np
 import stemma
 from benchmarks.llama_1b import spread
 from stemma.compiler import compile
-from stemma.ir import Module, Node, Quantized, Tensor, dtype, ops, quantize_array
+from stemma.ir import Function, Module, Node, Quantized, Tensor, dtype, ops, quantize_array, walk
 from stemma.passes.base import Pass, PassContext
 from stemma.passes.contextual_sparsity import ContextualSparsity
-from stemma.passes.quantize import Quantize, RoundActivations
+from stemma.passes.quantize import RoundActivations
 from stemma.runtime.roofline import measure_ceilings
 
 PROMPT, NEW = 512, 64
@@ -46,19 +46,23 @@ class Filled(Pass):
 
     format: str = "int8"
     rounded: bool = True
+    neurons: float = 1.0
     name: ClassVar[str] = "filled"
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with other weights."""
+        if self.neurons < 1:
+            module = ContextualSparsity(self.neurons).run(module, context)
         changed = module.map(lambda f: f.rewrite(lambda node, inputs: self._replace(node, inputs, context)))
         return RoundActivations().run(changed, context) if self.rounded else changed
 
     def _replace(self, node: Node, inputs: tuple[Node, ...], context: PassContext) -> Node:
-        at = {"linear": 1, "embedding": 0}.get(node.op.name)
+        at = {"linear": 1, "embedding": 0, "linear_at": 1, "linear_from": 1}.get(node.op.name)
         if at is None or dtype(inputs[at].dtype).kind != "float":
             return node.rebuild(*inputs)
         rows, columns = map(int, inputs[at].shape)
-        name, type = f"{rows}x{columns}.{inputs[at].attrs['name']}", Tensor(self.format, (rows, columns))
+        source = next(n.attrs["name"] for n in walk(Function("", (), {"w": inputs[at]})) if n.op.name == "weight")
+        name, type = f"{rows}x{columns}.{source}", Tensor(self.format, (rows, columns))
         if name not in context.weights:
             context.weights.add(name, type, partial(repeated, self.format, rows, columns))
         return node.rebuild(*inputs[:at], ops.weight(name=name, type=type), *inputs[at + 1 :])
@@ -87,10 +91,8 @@ def compiled(checkpoint: Path, work: Path, name: str) -> Path:
     """The artifact of a format, made when it is missing."""
     artifact = work / f"{name.replace(' ', '_').replace(',', '').replace('%', '')}.stemma"
     if not artifact.exists():
-        passes: list[Pass] = [Filled(name.split(",")[0], "f32" not in name)]
-        if "neurons" in name:
-            passes = [Quantize(format=name.split(",")[0]), RoundActivations(), ContextualSparsity(keep=0.3)]
-        compile(checkpoint, artifact, passes=passes, variants=("native",), calibration_tokens=2)
+        filled = Filled(name.split(",")[0], "f32" not in name, 0.3 if "neurons" in name else 1.0)
+        compile(checkpoint, artifact, passes=(filled,), variants=("native",), calibration_tokens=2)
     return artifact
 
 

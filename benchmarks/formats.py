@@ -34,7 +34,7 @@ from stemma.runtime.roofline import measure_ceilings
 PROMPT, NEW = 512, 64
 FORMATS = (
     "int8", "int4_g64", "int4_g128", "int3_g64", "int2_g64", "uint2_g64", "lut1_g128", "lut2_g128", "lut4_g128", "nu4_o9",
-    "int4_g64_s50", "int4_g64_2of4", "q4_k", "int4_g64, f32 activations", "int4_g64, 30% of neurons",
+    "int4_g64_s50", "int4_g64_2of4", "q4_k", "int4_g64, f32 activations", "int4_g64, 30% of neurons", "int8, 30% of neurons",
 )  # fmt: skip
 ROWS = 64
 

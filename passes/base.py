@@ -91,7 +91,7 @@ class Pass:
         return Needs()
 
     def makes(self) -> str:
-        """The name of the further model that the pass makes of "model", as a function NAME_forward beside `forward`; "" for none."""
+        """The name of the further model that the pass makes of "model", as NAME_forward beside `forward`; "" for none."""
         return ""
 
     def run(self, module: Module, context: PassContext) -> Module:

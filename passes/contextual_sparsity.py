@@ -3,8 +3,8 @@
     linear(gated(linear(x, G), linear(x, U)), D)
 ->  a = act(linear(x, G)), at = top_neurons(a), linear_from(take(a, at) * linear_at(x, U, at), transpose(D), at)
 
-As a change of the model it is lossy (CATS, Lee et al. 2024). As a model of its own beside the whole one it drafts, and the whole one
-corrects: Sirius (Zhou et al. 2024, arXiv:2409.03856), with `speculate{draft=sparse}`.
+As a change of the model it is lossy (CATS, Lee et al. 2024). As a model of its own beside the whole one it drafts, and the whole
+one corrects: Sirius (Zhou et al. 2024, arXiv:2409.03856), with `speculate{draft=sparse}`.
 """
 
 from __future__ import annotations

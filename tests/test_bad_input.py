@@ -116,7 +116,7 @@ def test_an_empty_prompt_without_a_first_token(folder: Path, tmp_path: Path) -> 
         (("--preset", "small", "--calibration", "absent.txt"), "calibration text absent.txt cannot be read: .*No such file"),
         (("--preset", "small", "--calibration", "."), "calibration text . cannot be read: .*directory"),
         (("--preset", "small", "--calibration", "/bin/sh"), "calibration text /bin/sh cannot be read"),
-        (("--preset", "small", "--calibration", "/dev/null"), "has too few tokens: 0 to measure a loss on, at least two are needed"),
+        (("--preset", "small", "--calibration", "/dev/null"), "too few tokens: 0 to measure a loss on, at least two are needed"),
         (("--start-after", "nothing"), "0 passes called 'nothing'"),
         (("--start-after", "07_fuse.txt"), "name the folder of the dumps as well"),
         (("--dump", "/proc/here"), "cannot be written to /proc/here"),

@@ -106,4 +106,9 @@ def test_missing_models_are_named() -> None:
     with pytest.raises(PassError, match="The drafter 'draft_model' needs the model 'draft'; there are: model."):
         Speculate(draft="draft_model").run(bare, PassContext(models=info))
     needs = Speculate(draft="draft_model+hydra+early_exit").needs()
-    assert needs.models == ("draft",) and needs.hidden and needs.heads == (("hydra", ""),) and [m.makes() for m in needs.made] == ["early"]
+    assert (
+        needs.models == ("draft",)
+        and needs.hidden
+        and needs.heads == (("hydra", ""),)
+        and [m.makes() for m in needs.made] == ["early"]
+    )

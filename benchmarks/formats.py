@@ -1,7 +1,11 @@
-"""Every weight format on a Llama-3.2-1B-shaped model with random weights, beside llama.cpp on the same machine, in the same run.
+"""Every weight format on a Llama-3.2-1B-shaped model with random weights, beside other runtimes on this machine, in the same run.
 
     python -m benchmarks.make_checkpoint CHECKPOINT
-    python -m benchmarks.formats CHECKPOINT --work FOLDER [--llama-bench PATH --gguf Q4_0=FILE ...] -o benchmarks/formats.md
+    python -m benchmarks.formats CHECKPOINT --work FOLDER [PEER ...] -o benchmarks/formats.md
+
+PEER: `--llama-bench llama.cpp=PATH --gguf llama.cpp:Q4_0=FILE`, where a fork with the same options has another name and
+`=FILE,-rtr 1` gives options of its own; `--openvino LABEL=PYTHON,FOLDER[,PROPERTY=VALUE ...]` or `--onnxruntime` likewise, the
+interpreter that has the runtime and an exported model (benchmarks/peers.py).
 
 All artifacts are loaded at once; every round runs each system once, one after the other, each after a probe of the read bandwidth.
 Roofline: bytes of the weights that a token reads, over the probe beside that measurement. Speed does not depend on values.
@@ -37,6 +41,7 @@ FORMATS = (
     "int4_g64_s50", "int4_g64_2of4", "q4_k", "int4_g64, f32 activations", "int4_g64, 30% of neurons", "int8, 30% of neurons",
 )  # fmt: skip
 ROWS = 64
+RUNTIMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,28 @@ def compiled(checkpoint: Path, work: Path, name: str) -> Path:
     return artifact
 
 
+def peers(given: argparse.Namespace) -> list[System]:
+    """The other runtimes that were asked for, as commands that print JSON as llama-bench does."""
+    programs = dict(b.split("=", 1) for b in given.llama_bench)
+    systems = []
+    for text in given.gguf:
+        name, _, rest = text.partition("=")
+        file, _, options = rest.partition(",")
+        command = (programs[name.partition(":")[0]], "-m", file, *options.split(), "-r", "1", "-o", "json")
+        sizes = ("-t", str(given.threads), "-p", str(PROMPT), "-n", str(NEW))
+        label = name.replace(":", " ") + (f", {options}" if options else "")
+        systems.append(System(label, Path(file).stat().st_size, command=command + sizes))
+    for runtime, name in RUNTIMES.items():
+        for text in getattr(given, runtime):
+            label, _, rest = text.partition("=")
+            python, folder, properties = [*rest.split(",", 2), ""][:3]
+            command = (python, str(Path(__file__).with_name("peers.py")), runtime, folder, *properties.split())
+            sizes = ("--threads", str(given.threads), "--prompt", str(PROMPT), "--new", str(NEW))
+            size = max(f.stat().st_size for f in Path(folder).iterdir())
+            systems.append(System(f"{name} {label}", size, command=command + sizes))
+    return systems
+
+
 def measure(system: System, bandwidth: float) -> None:
     """One round."""
     if system.model is None:
@@ -107,6 +134,8 @@ def measure(system: System, bandwidth: float) -> None:
     else:
         model = system.model
         prompt = [i % model.vocab for i in range(1, PROMPT + 1)]
+        if not system.decode:  # the peers' programs warm up too
+            model.generate_ids(prompt, max_new_tokens=2, ignore_eos=True)
         model.generate_ids(prompt, max_new_tokens=1, ignore_eos=True)
         system.prefill.append(model.last_statistics.prefill_tokens_per_second)
         model.generate_ids(prompt[:1], max_new_tokens=NEW, ignore_eos=True)
@@ -141,8 +170,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the artifacts, about 14 GB")
     parser.add_argument("--only", default="", help="formats to measure, separated by semicolons; default all")
     parser.add_argument("--compile", action="store_true", help="only make the artifacts")
-    parser.add_argument("--llama-bench", help="path of llama.cpp's llama-bench")
-    parser.add_argument("--gguf", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--llama-bench", action="append", default=[], metavar="NAME=PATH", help="a llama-bench, and whose")
+    parser.add_argument("--gguf", action="append", default=[], metavar="NAME:LABEL=FILE[,OPTIONS]")
+    for runtime in RUNTIMES:
+        parser.add_argument(f"--{runtime}", action="append", default=[], metavar="LABEL=PYTHON,FOLDER[,PROPERTIES]")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path)
@@ -154,23 +185,7 @@ def main() -> None:
         return
     loaded = {n: stemma.load(path, threads=a.threads) for n, path in artifacts.items()}
     systems = [System(n, m.manifest.weights_bytes, m) for n, m in loaded.items()]
-    for name, _, path in (f.partition("=") for f in a.gguf):
-        command = (
-            a.llama_bench or "",
-            "-m",
-            path,
-            "-t",
-            str(a.threads),
-            "-p",
-            str(PROMPT),
-            "-n",
-            str(NEW),
-            "-r",
-            "1",
-            "-o",
-            "json",
-        )
-        systems.append(System(f"llama.cpp {name}", Path(path).stat().st_size, command=command))
+    systems += peers(a)
     first = next(iter(loaded.values()))
     shapes = [t["shape"] for t in first.manifest.raw["weights"]["tensors"]]
     elements = sum(int(s[0]) * int(s[1]) for s in shapes if len(s) == 2)

@@ -44,14 +44,23 @@ class Request:
         self._eos, self._text, self._stop = frozenset(eos), text, StopStrings(stop) if stop else None
         self._at_limit = "context" if clipped else "length"
 
-    def push(self, token: int) -> str:
-        """Take the next token; returns the text it completes and perhaps sets `finish`."""
-        self.new.append(token)
-        if token in self._eos:
+    def take(self, tokens: Sequence[int]) -> Iterator[str]:
+        """Take the next tokens; yields the text that each completes and perhaps sets `finish`. Tokens after a stop string are left."""
+        if self._text is None:  # many at once: a small model decodes a token in less time than a generator takes a turn
+            self._append(tokens)
+            return
+        for token in tokens:
+            if self.finish == "stop":
+                break
+            self._append((token,))
+            yield self._piece("" if self.finish == "eos" else self._text.push(token))
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        self.new += tokens
+        if not self._eos.isdisjoint(tokens):
             self.finish = "eos"
         elif len(self.new) == self.limit:
             self.finish = self._at_limit
-        return self._piece("" if self.finish == "eos" or self._text is None else self._text.push(token))
 
     def end(self) -> str:
         """The program has ended by itself; returns text that was held back."""
@@ -95,7 +104,8 @@ class Job:
 def decode(
     machines: Machines, job: Job, requests: Sequence[Request], statistics: Statistics, batch: int, context: int
 ) -> Iterator[tuple[Request, str]]:
-    """Run requests to their ends, at most `batch` of them together; yields (request, piece of text) after every token.
+    """Run requests to their ends, at most `batch` of them together; yields (request, piece of text) after every token of a
+    request for text.
 
     Every request gets the tokens that it would get alone. Closing the iterator early frees the machine and records "closed".
     """
@@ -151,10 +161,8 @@ class _Run:
         status, tokens = instance.poll()
         if tokens or status != RUNNING:
             self.fresh.discard(request)
-        for token in tokens:
-            if request.finish == "stop":
-                break
-            yield request, request.push(token)
+        for piece in request.take(tokens):
+            yield request, piece
         if host and status == WAITING:
             instance.answer(self.job.host, self.job.program.host)
         if status == FAILED:

@@ -285,12 +285,13 @@ struct Machine {
     const Block& block = *frame.block;
     std::vector<Value>& moved = instance.moved;
     moved.clear();
-    for (size_t i = 0; i < block.results.size(); ++i) {
+    const auto move_out = [&](size_t i) {
       Value& v = frame.registers[(size_t)block.results[i]];
       if (block.last[i]) moved.push_back(std::move(v));
       else moved.push_back(v);
-    }
+    };
     if (instance.depth == 1) {
+      for (size_t i = 0; i < block.results.size(); ++i) move_out(i);
       for (size_t i = 0; i < instance.program->parameters.size(); ++i)
         if (const int32_t result = instance.program->parameters[i].kept; result >= 0)
           kept[{instance.program, (int32_t)i}] = moved[(size_t)result];
@@ -302,8 +303,14 @@ struct Machine {
     Frame& outer = *instance.frames[instance.depth - 2];
     const Instruction& code = outer.block->code[outer.next];
     const bool loop = code.kind == Instruction::LOOP;
-    if (loop && truth(moved[0])) {
-      for (size_t i = 0; i < block.parameters.size(); ++i) frame.registers[(size_t)block.parameters[i]] = std::move(moved[i + 1]);
+    if (loop && truth(frame.registers[(size_t)block.results[0]])) {
+      // What a turn does not change stays where it is.
+      const auto stays = [&](size_t i) { return block.last[i + 1] && block.results[i + 1] == block.parameters[i]; };
+      for (size_t i = 0; i < block.parameters.size(); ++i)
+        if (!stays(i)) move_out(i + 1);
+      auto next = moved.begin();
+      for (size_t i = 0; i < block.parameters.size(); ++i)
+        if (!stays(i)) frame.registers[(size_t)block.parameters[i]] = std::move(*next++);
       for (int32_t i : block.restored)
         frame.registers[(size_t)block.constants[(size_t)i].first] = block.constants[(size_t)i].second;
       frame.next = 0;
@@ -311,11 +318,12 @@ struct Machine {
         fail("A loop ran %lld times without a model call or a token: it may never end.", (long long)MAX_TURNS);
       return instance.turns % 1024 || !deadline || now_nanoseconds() < deadline;
     }
+    for (size_t i = loop; i < block.results.size(); ++i) move_out(i);
     for (Value& v : frame.registers) v.clear();
     --instance.depth;
     ++outer.next;
     for (size_t i = 0; i < code.outputs.size(); ++i)
-      if (code.outputs[i] >= 0) outer.registers[(size_t)code.outputs[i]] = std::move(moved[i + (loop ? 1 : 0)]);
+      if (code.outputs[i] >= 0) outer.registers[(size_t)code.outputs[i]] = std::move(moved[i]);
     return true;
   }
   void end(Instance& instance, Status status, const std::string& error) {

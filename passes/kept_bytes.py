@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from stemma.ir import PassError, State, Tensor, Type, dtype, size
-from stemma.ir.ops.governor import BUCKETS, DEPTHS
+from stemma.ir.ops.governor import AGREED, BUCKETS, DEPTHS, RECENT
 from stemma.ir.ops.tables import CONTEXTS
 
 
@@ -38,7 +38,7 @@ def _recycling(vocab: int, k: int) -> int:
 
 def _governor(size: int, sources: int) -> int:
     """Of each drafter's classes the acceptance and how often it was tried; the seconds of calls."""
-    return sources * (16 * DEPTHS * BUCKETS + 256) + 32768
+    return sources * (16 * DEPTHS * AGREED * RECENT * BUCKETS + 256) + 32768
 
 
 STATES: Mapping[str, Callable[..., int]] = {"trie": _trie, "ngrams": _ngrams, "recycling": _recycling, "governor": _governor}

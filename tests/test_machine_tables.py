@@ -287,14 +287,24 @@ def test_recycling() -> None:
 
 # ---- governor ---------------------------------------------------------------------------------------------------------
 
-NODES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 8), st.sampled_from([1.0, 0.9, 0.5, 0.1, 0.01, 0.0])), max_size=8)
+NODES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 8), st.sampled_from([1.0, 0.9, 0.5, 0.1, 0.01, 0.0])), max_size=6)
 
 
-def grown(nodes: list[tuple[int, int, float]], size: int) -> TreeValue:
+def grown(drafts: list[list[tuple[int, int, float]]], size: int) -> TreeValue:
     tree = drawn_value(1, size)
-    for parent, token, score in nodes:
-        tree = tree.add(parent, token, float(np.float32(score)), 0)[0]
+    for source, nodes in enumerate(drafts):
+        for parent, token, score in nodes:
+            tree = tree.add(parent, token, float(np.float32(score)), source)[0]
     return tree
+
+
+def test_drafters_agree() -> None:
+    tree = grown([[(0, 5, 0.5), (1, 6, 0.5)], [(0, 5, 0.25), (0, 7, 1.0)], [(0, 5, 1.0), (0, 5, 1.0), (1, 6, 1.0)]], 8)
+    assert tree.tokens == (1, 5, 6, 7) and tree.sources == (0, 0, 0, 1) and tree.agreed == (0, 3, 1, 0)
+    governor = GovernorValue(8, 3)
+    assert len({governor.place(tree, i) for i in (1, 2, 3)}) == 3
+    alone = grown([[(0, 5, 0.5), (1, 6, 0.5)]], 8)
+    assert governor.place(tree, 1) != governor.place(alone, 1)
 
 
 def value_of_tree(governor: GovernorValue, tree: TreeValue, nodes: tuple[int, ...]) -> float:
@@ -303,10 +313,12 @@ def value_of_tree(governor: GovernorValue, tree: TreeValue, nodes: tuple[int, ..
 
 
 @QUICK
-@given(NODES, st.integers(1, 12), st.lists(st.lists(st.integers(0, 8), max_size=3), max_size=20))
-def test_prune_keeps_the_best_subtree(nodes: list[tuple[int, int, float]], size: int, turns: list[list[int]]) -> None:
+@given(st.tuples(NODES, NODES), st.integers(1, 12), st.lists(st.lists(st.integers(0, 8), max_size=3), max_size=20))
+def test_prune_keeps_the_best_subtree(
+    drafts: tuple[list[tuple[int, int, float]], list[tuple[int, int, float]]], size: int, turns: list[list[int]]
+) -> None:
     """Against every connected subset of a small tree, after any history of acceptances; natively the same nodes."""
-    tree, governor = grown(nodes, 12), GovernorValue(size, 1)
+    tree, governor = grown([*drafts], 9), GovernorValue(size, 2)
     paths = []
     for wanted in turns:  # follow the wanted tokens as far as the tree goes
         text, path = run("expand", SequencesValue(MODEL, ((3,),)), tree, fresh=1)[0], []
@@ -332,8 +344,12 @@ def test_prune_keeps_the_best_subtree(nodes: list[tuple[int, int, float]], size:
         assert value_of_tree(governor, tree, chosen) == pytest.approx(best)
 
     def made(history: Node) -> Node:
-        drafted = drawn(1, [(p, t, s) for p, t, s in nodes], 12)
-        state = ops.empty_state(kind="governor", args=(size, 1))
+        drafted = drawn(1, drafts[0], 9)
+        if drafts[1]:
+            parents, tokens, scores = zip(*drafts[1], strict=True)
+            columns = ops.array(values=parents), ops.array(values=tokens), ops.array(values=scores, dtype="f32")
+            drafted = ops.get(ops.tree_extend(drafted, *columns, source=1), index=0)
+        state = ops.empty_state(kind="governor", args=(size, 2))
         for path in paths:
             state = ops.learn(state, followed(history, drafted, ops.array(values=tuple(path)), len(path)))
         result: Node = ops.tree_nodes(ops.prune(state, drafted))

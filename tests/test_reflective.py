@@ -404,7 +404,7 @@ def test_nodes_of_a_call(folder: Path) -> None:
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"reflection": " "}, "the reflection ' ' has no tokens"),
         ({"reflection": "a z"}, "has the token 6, which the model does not have"),
-        ({"budget": 9, "memory": 0.0001}, "0.0001 MB are too few for one drafted node, which needs 0.03"),
+        ({"budget": 9, "memory": 0.0001}, "0.0001 MB are too few for one drafted node, which needs 0.08"),
     ],
 )
 def test_what_cannot_be(folder: Path, options: dict[str, Any], message: str) -> None:

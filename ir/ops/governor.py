@@ -2,9 +2,10 @@
 
 Type of the value: State["governor", size, sources]; `size` is the most nodes that a tree may have, root included.
 
-It measures how often drafted tokens are accepted, by drafter, depth, and rank among siblings (or the drafter's probability, when
-that is below 1), and how long calls take. What it decides changes how long decoding takes, never what is decoded. In this reference
-a call of n rows takes 1 + n / 16, drafting nothing, and speculation never pauses; the machine measures.
+It measures how often drafted tokens are accepted, by drafter, depth, how many other drafters agree, how many drafted tokens the turn
+before accepted (texts repeat themselves by stretches), and rank among siblings (or the drafter's probability, when that is below 1);
+and how long calls take. What it decides changes how long decoding takes, never what is decoded. In this reference a call of n rows
+takes 1 + n / 16, drafting nothing, and speculation never pauses; the machine measures.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from stemma.ir.formats import Array
 from stemma.ir.ops.program import BOOL, I32, ProgramOp, TreeValue, sequences_type, tree_size
 from stemma.ir.types import State, Type
 
-DEPTHS, BUCKETS, RANKS, HALVES = 8, 32, 16, 8
+DEPTHS, AGREED, RECENT, BUCKETS, RANKS, HALVES = 8, 3, 4, 32, 16, 8
 EXPLORE = 32
 """Every so many turns one more node stays, so that estimates of those that are left out do not go stale."""
 
@@ -51,26 +52,31 @@ def prior(place: int) -> float:
 
 @dataclass(frozen=True)
 class GovernorValue:
-    """Acceptance [sources, DEPTHS, BUCKETS] and how often each was tried; turns so far."""
+    """Acceptance [sources, DEPTHS, AGREED, RECENT, BUCKETS] and how often each was tried; turns so far.
+
+    recent: drafted tokens of the last tree with any that were accepted, at most RECENT - 1.
+    """
 
     size: int
     sources: int
     accepted: Array = field(default_factory=lambda: np.zeros(0))
     tried: Array = field(default_factory=lambda: np.zeros(0))
     turns: int = 0
+    recent: int = 1
 
     def __post_init__(self) -> None:
         if not self.accepted.size:
-            shape = (self.sources, DEPTHS, BUCKETS)
+            shape = (self.sources, DEPTHS, AGREED, RECENT, BUCKETS)
             object.__setattr__(self, "accepted", np.broadcast_to([prior(b) for b in range(BUCKETS)], shape).copy())
             object.__setattr__(self, "tried", np.zeros(shape, np.int64))
 
-    def place(self, tree: TreeValue, node: int) -> tuple[int, int, int]:
+    def place(self, tree: TreeValue, node: int) -> tuple[int, ...]:
         """Where a node's acceptance is kept."""
         parent, source = tree.parents[node], tree.sources[node]
         rank = sum(tree.parents[i] == parent and tree.sources[i] == source for i in range(1, node))
         depth = len(tree.path(node)) - 1
-        return min(source, self.sources - 1), min(depth, DEPTHS) - 1, bucket(rank, tree.scores[node])
+        agreed = min(tree.agreed[node], AGREED - 1)
+        return min(source, self.sources - 1), min(depth, DEPTHS) - 1, agreed, self.recent, bucket(rank, tree.scores[node])
 
     def scores(self, tree: TreeValue) -> list[float]:
         """The chance that each node is reached; the root is."""
@@ -184,6 +190,7 @@ def subset(tree: TreeValue, nodes: list[int]) -> TreeValue:
     return replace(
         tree, tokens=tuple(tree.tokens[i] for i in kept), parents=tuple(place[tree.parents[i]] for i in kept),
         scores=tuple(tree.scores[i] for i in kept), sources=tuple(tree.sources[i] for i in kept),
+        agreed=tuple(tree.agreed[i] for i in kept),
     )  # fmt: skip
 
 
@@ -209,7 +216,9 @@ class Learn(ProgramOp):
                     place = governor.place(sequences.tree, child)
                     accepted[place] += ((child == following) - accepted[place]) / (min(tried[place], 60) + 4)
                     tried[place] += 1
-        return replace(governor, accepted=accepted, tried=tried, turns=governor.turns + 1)
+        drafted = sequences.tree is not None and sequences.ran > 1
+        recent = min(max(len(sequences.visited) - 1, 0), RECENT - 1) if drafted else governor.recent
+        return replace(governor, accepted=accepted, tried=tried, turns=governor.turns + 1, recent=recent)
 
 
 plan, ask, attend, prune, learn = Plan(), Ask(), Attend(), Prune(), Learn()

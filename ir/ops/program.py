@@ -48,7 +48,10 @@ class ReferenceModel:
 
 @dataclass(frozen=True)
 class TreeValue:
-    """A token tree: parent (-1: root), token, score and source of each node, in the order they were added."""
+    """A token tree: parent (-1: root), token, score and source of each node, in the order they were added.
+
+    agreed: how many other sources gave that node too.
+    """
 
     size: int
     limit: int
@@ -56,6 +59,10 @@ class TreeValue:
     parents: tuple[int, ...]
     scores: tuple[float, ...]
     sources: tuple[int, ...]
+    agreed: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "agreed", (*self.agreed, *[0] * (len(self.tokens) - len(self.agreed))))
 
     def child(self, parent: int, token: int) -> int:
         """The node under `parent` with that token; -1 when there is none."""
@@ -74,7 +81,8 @@ class TreeValue:
         if token < 0 or not 0 <= parent < len(self.tokens):
             return self, -1
         if (known := self.child(parent, token)) >= 0:
-            return self, known
+            agreed = [n + (i == known and source != self.sources[known]) for i, n in enumerate(self.agreed)]
+            return replace(self, agreed=tuple(agreed)), known
         if len(self.tokens) >= min(self.limit, self.size):
             return self, -1
         return replace(

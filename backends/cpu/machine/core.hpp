@@ -250,8 +250,9 @@ struct Call {
 // ---- trees ----
 struct Tree : Object {
   int64_t size = 1, limit = 1;
-  // rank: place among the siblings of one source; depth of the root: 0
-  std::vector<int32_t> tokens, parents, sources, ranks, depths;
+  // source: the drafter that gave it first; agreed: how many others gave it too; rank: place among the siblings of one source;
+  // depth of the root: 0
+  std::vector<int32_t> tokens, parents, sources, agreed, ranks, depths;
   std::vector<float> scores;
   Object* clone() const override { return new Tree(*this); }
   int64_t count() const { return (int64_t)tokens.size(); }
@@ -262,13 +263,21 @@ struct Tree : Object {
   }
   int32_t add(int32_t parent, int32_t token, float score, int32_t source) {  // -1: no room, or no such parent
     if (token < 0 || parent < 0 || parent >= count()) return -1;
-    if (int32_t known = child(parent, token); known >= 0) return known;
+    if (int32_t known = child(parent, token); known >= 0) {
+      agreed[(size_t)known] += sources[(size_t)known] != source;
+      return known;
+    }
     if (count() >= std::min(limit, size)) return -1;
     int32_t rank = 0;
     for (int32_t i = parent + 1; i < (int32_t)count(); ++i) rank += parents[(size_t)i] == parent && sources[(size_t)i] == source;
     tokens.push_back(token), parents.push_back(parent), scores.push_back(score), sources.push_back(source);
-    ranks.push_back(rank), depths.push_back(depths[(size_t)parent] + 1);
+    agreed.push_back(0), ranks.push_back(rank), depths.push_back(depths[(size_t)parent] + 1);
     return (int32_t)count() - 1;
+  }
+  void copy(const Tree& from, size_t node, int32_t parent) {  // a node of another tree, under a parent of this one
+    tokens.push_back(from.tokens[node]), parents.push_back(parent), scores.push_back(from.scores[node]);
+    sources.push_back(from.sources[node]), agreed.push_back(from.agreed[node]);
+    ranks.push_back(from.ranks[node]), depths.push_back(from.depths[node]);
   }
 };
 

@@ -1,6 +1,7 @@
 // What speculation costs and gains, as in ir/ops/governor.py: how often drafted tokens are accepted, how long turns take.
 //
 // glossary  turn     one call of the model with all that belongs to it: drafting, choosing, learning
+//           recent   how many drafted tokens of the last tree with any were accepted, at most RECENT - 1: texts repeat by stretches
 //           class    how certain a tree is of the token after its root, in CLASSES steps
 //           gain     expected tokens of a tree less what its nodes cost, in tokens at the present rate; of a tree without nodes 0
 //           speed    how long calls take now, over what the curve says: machines have fast and slow times
@@ -12,7 +13,7 @@
 namespace stemma {
 namespace governor {
 
-constexpr int DEPTHS = 8, BUCKETS = 32, RANKS = 16, HALVES = 8;
+constexpr int DEPTHS = 8, AGREED = 3, RECENT = 4, BUCKETS = 32, RANKS = 16, HALVES = 8;
 constexpr size_t CLASSES = 4;
 constexpr int64_t EXPLORE = 32, SPARSELY = 32, PLAIN_FIRST = 4, ROWS = 512;
 constexpr int64_t TRIAL = 4, PAUSE = 16, LONGEST = 512;  // turns in which a drafter is asked again; turns between them
@@ -100,19 +101,21 @@ struct Governor : Object {
   std::vector<int64_t> trials;
   std::vector<Drafting> drafting;  // [sources, CLASSES]
   Curve curve;
+  int64_t recent = 1;
   double tokens = 0, seconds = 0;     // averages per turn
   double plain = 0, handling = 0;     // seconds outside of the model: of a plain token; what a tree adds to that, without drafting
   double speed = 1, others = 1;
-  Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * BUCKETS)), trials(accepted.size()),
-      drafting((size_t)k * CLASSES) {
+  Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * AGREED * RECENT * BUCKETS)),
+      trials(accepted.size()), drafting((size_t)k * CLASSES) {
     for (size_t i = 0; i < accepted.size(); ++i) accepted[i] = prior((int)(i % BUCKETS));
   }
   Object* clone() const override { return new Governor(*this); }
 
   size_t place(const Tree& t, size_t node) const {
-    const int64_t source = std::clamp<int64_t>(t.sources[node], 0, sources - 1), depth = std::clamp<int64_t>(t.depths[node], 1,
-        DEPTHS) - 1;
-    return (size_t)((source * DEPTHS + depth) * BUCKETS + bucket(t.ranks[node], t.scores[node]));
+    const int64_t source = std::clamp<int64_t>(t.sources[node], 0, sources - 1);
+    const int64_t depth = std::clamp(t.depths[node], 1, DEPTHS) - 1, agreed = std::min(t.agreed[node], AGREED - 1);
+    return (size_t)((((source * DEPTHS + depth) * AGREED + agreed) * RECENT + recent) * BUCKETS + bucket(t.ranks[node],
+        t.scores[node]));
   }
   double cost(int64_t rows) const { return curve.at(std::max((double)rows * others, 1.0)); }
   double rate() const { return tokens > 0 ? tokens / seconds : 1 / cost(1); }
@@ -244,13 +247,11 @@ inline bool op_prune(Call& call) {
   kept->size = t.size, kept->limit = t.limit;
   place.assign((size_t)t.count(), 0);
   best.insert(best.begin(), 0);
-  for (auto* column : {&kept->tokens, &kept->parents, &kept->sources, &kept->ranks, &kept->depths}) column->reserve(best.size());
+  for (auto* column : {&kept->tokens, &kept->parents, &kept->sources, &kept->agreed, &kept->ranks, &kept->depths})
+    column->reserve(best.size());
   for (int32_t i : best) {
-    const size_t at = (size_t)i;
-    place[at] = (int32_t)kept->tokens.size();
-    kept->tokens.push_back(t.tokens[at]), kept->parents.push_back(i ? place[(size_t)t.parents[at]] : -1);
-    kept->scores.push_back(t.scores[at]);
-    kept->sources.push_back(t.sources[at]), kept->ranks.push_back(t.ranks[at]), kept->depths.push_back(t.depths[at]);
+    place[(size_t)i] = (int32_t)kept->tokens.size();
+    kept->copy(t, (size_t)i, i ? place[(size_t)t.parents[(size_t)i]] : -1);
   }
   return true;
 }
@@ -293,6 +294,7 @@ inline bool op_learn(Call& call) {
       ++g.trials[at];
     }
   }
+  if (s.tree && s.ran > 1) g.recent = std::clamp<int64_t>((int64_t)s.visited.size() - 1, 0, RECENT - 1);
   Instance& instance = call.instance;
   const bool known = take_time(g, instance, s);
   for (const Asked& each : instance.asked) {

@@ -23,12 +23,7 @@ inline bool op_best_chain(Call& call) {
   Tree* chain = new Tree;
   call.out[0] = state_value(chain);
   chain->size = t.size, chain->limit = t.limit;
-  for (size_t k = path.size(); k-- > 0;) {
-    const size_t i = path[k];
-    chain->parents.push_back((int32_t)chain->tokens.size() - 1);
-    chain->tokens.push_back(t.tokens[i]), chain->scores.push_back(t.scores[i]), chain->sources.push_back(t.sources[i]);
-    chain->ranks.push_back(t.ranks[i]), chain->depths.push_back(t.depths[i]);
-  }
+  for (size_t k = path.size(); k-- > 0;) chain->copy(t, path[k], (int32_t)chain->tokens.size() - 1);
   return true;
 }
 

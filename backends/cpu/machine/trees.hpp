@@ -13,7 +13,7 @@ inline bool op_tree(Call& call) {
   if (t->size < 1 || t->size > 1 << 20) fail("tree: %lld is no size of a tree", (long long)t->size);
   t->limit = *call.in[1].i32();
   t->tokens = {*call.in[0].i32()}, t->parents = {-1}, t->scores = {1.0f};
-  t->sources = t->ranks = t->depths = {0};
+  t->sources = t->agreed = t->ranks = t->depths = {0};
   call.out[0] = holder;
   return true;
 }

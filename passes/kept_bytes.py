@@ -37,8 +37,8 @@ def _recycling(vocab: int, k: int) -> int:
 
 
 def _governor(size: int, sources: int) -> int:
-    """Of each drafter's classes the acceptance and how often it was tried; the seconds of calls."""
-    return sources * (16 * DEPTHS * AGREED * RECENT * BUCKETS + 256) + 32768
+    """Of each drafter the acceptance by class and how often each was tried, what its first 64 nodes bring; the seconds of calls."""
+    return sources * (16 * DEPTHS * AGREED * RECENT * BUCKETS + 8 * RECENT * 65 + 512) + 32768
 
 
 STATES: Mapping[str, Callable[..., int]] = {"trie": _trie, "ngrams": _ngrams, "recycling": _recycling, "governor": _governor}

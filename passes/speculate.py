@@ -368,13 +368,15 @@ class _Loop:
         alone = len(drafts) == 1
         tree = p.tree(token, limit * len(contexts), size * len(contexts) if measured else size)
 
-        def ask(name: str, *inputs: Node, source: int) -> Value:
-            return Value(build(name, cells[GOVERNOR].node, *inputs, source=source))
+        def ask(name: str, *inputs: Node, **attrs: Any) -> Value:
+            return Value(build(name, cells[GOVERNOR].node, *inputs, **attrs))
 
         def draft(drafter: Drafter, context: DraftContext) -> None:
-            own = tree if alone else p.tree(token, limit, size)
+            own = p.tree(token, context.limit, size)
             drafter.draft(context, text.copy(), token, own, cells)
-            if not alone:
+            if alone:
+                tree.node = own.node
+            else:
                 tree.merge(own)
 
         def observe(drafter: Drafter, context: DraftContext) -> None:
@@ -387,11 +389,8 @@ class _Loop:
                 p.cond(test, lambda: run(*inputs), lambda: None)
 
         for drafter, context in drafts:
-            context.limit = limit
-            wanted = limit > 1 if measured or reflection else None
-            if measured:
-                wanted = (limit > 1) & ask("ask", tree.node, source=context.source)
-            only_if(wanted, draft, drafter, context)
+            context.limit = ask("ask", tree.node, source=context.source, slow=drafter.slow) if measured else limit
+            only_if(context.limit > 1 if measured or reflection else None, draft, drafter, context)
         if reflection:
             tree.node = build("best_chain", tree.node, *([cells[GOVERNOR].node] if measured else []))
         if measured and not self.samples:  # which samples are left out must not depend on what they are

@@ -45,7 +45,7 @@ class Request:
         self._at_limit = "context" if clipped else "length"
 
     def take(self, tokens: Sequence[int]) -> Iterator[str]:
-        """Take the next tokens; yields the text that each completes and perhaps sets `finish`. Tokens after a stop string are left."""
+        """Take the next tokens, up to a stop string; yields the text that each completes and perhaps sets `finish`."""
         if self._text is None:  # many at once: a small model decodes a token in less time than a generator takes a turn
             self._append(tokens)
             return

@@ -364,7 +364,7 @@ def kept_path(tree: TreeValue, node: int) -> tuple[int, ...]:
 
 def test_a_new_governor_asks_every_drafter() -> None:
     governor = ops.empty_state(kind="governor", args=(9, 2))
-    both([3], lambda _: ops.ask(governor, drawn(1, [], 20), source=1))
+    both([3], lambda _: ops.ask(governor, drawn(1, [], 20), source=1, slow=False))
     with pytest.raises(TypeMismatch, match="has 2 drafters, and was asked for number 2"):
         ops.attend(governor, source=2)
 

@@ -2,10 +2,10 @@
 
 Type of the value: State["governor", size, sources]; `size` is the most nodes that a tree may have, root included.
 
-It measures how often drafted tokens are accepted, by drafter, depth, how many other drafters agree, how many drafted tokens the turn
-before accepted (texts repeat themselves by stretches), and rank among siblings (or the drafter's probability, when that is below 1);
-and how long calls take. What it decides changes how long decoding takes, never what is decoded. In this reference a call of n rows
-takes 1 + n / 16, drafting nothing, and speculation never pauses; the machine measures.
+It measures how often drafted tokens are accepted, by drafter, depth, how many other drafters agree, how many drafted tokens the last
+tree brought (texts repeat themselves by stretches), and rank among siblings (or the drafter's probability, when that is below 1); and
+how long calls take. What it decides changes how long decoding takes, never what is decoded. In this reference a call of n rows takes
+1 + n / 16, drafting nothing, and speculation never pauses; the machine measures.
 """
 
 from __future__ import annotations
@@ -118,21 +118,22 @@ class Plan(ProgramOp):
 
 
 class Ask(ProgramOp):
-    """`ask(governor, tree, source=) -> bool()`: whether the drafter of that number should add to a tree.
+    """`ask(governor, tree, source=, slow=) -> i32()`: how many nodes the drafter of that number may draft, root included; 0: none.
 
     Measured by drafter and by how certain the tree is of its next token: how much better drafting makes the tree, in expected
-    tokens, against the seconds that it takes.
+    tokens, against the seconds that it takes. A drafter whose every node takes time (`slow`) drafts no more nodes than bring more
+    than they cost, by what its first, second, ... node brought. The reference shares out what the tree has room for.
     """
 
     name = "ask"
 
-    def infer(self, governor: State, tree: State, *, source: int) -> Type:
+    def infer(self, governor: State, tree: State, *, source: int, slow: bool) -> Type:
         _check_source(governor, source)
         tree_size(tree)
-        return BOOL
+        return I32
 
-    def evaluate(self, ctx: Any, governor: Any, tree: Any, *, source: int) -> Any:
-        return np.bool_(True)
+    def evaluate(self, ctx: Any, governor: Any, tree: Any, *, source: int, slow: bool) -> Any:
+        return np.int32(tree.limit // governor.sources)
 
 
 class Attend(ProgramOp):

@@ -100,9 +100,10 @@ class DraftContext:
 
 @dataclass(frozen=True)
 class Drafter:
-    """Base of all drafters."""
+    """Base of all drafters. slow: every node that it drafts takes time, as a model runs for it."""
 
     name: ClassVar[str]
+    slow: ClassVar[bool] = False
 
     @property
     def samples(self) -> bool:

@@ -40,6 +40,7 @@ class DraftModel(Drafter):
     exact: bool = False
     sharpness: float = 2.0
     name: ClassVar[str] = "draft_model"
+    slow: ClassVar[bool] = True
 
     @property
     def samples(self) -> bool:

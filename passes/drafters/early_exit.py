@@ -18,6 +18,7 @@ class EarlyExit(DraftModel):
     model: str = "early"
     layers_kept: int = 1
     name: ClassVar[str] = "early_exit"
+    slow: ClassVar[bool] = True
 
     def needs(self) -> Needs:
         return Needs(made=(passes.EarlyExit(self.layers_kept, self.model),))

@@ -61,6 +61,7 @@ class Hydra(Medusa):
     """
 
     name: ClassVar[str] = "hydra"
+    slow: ClassVar[bool] = True
 
     def draft(self, context: DraftContext, text: Sequences, token: Value, tree: Tree, state: State) -> None:
         nodes, paths, path, width = p.array([0]), p.full(1, 1.0), token[None], min(self.width, context.size - 1)

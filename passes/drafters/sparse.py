@@ -23,6 +23,7 @@ class Sparse(DraftModel):
     length: int = 4
     keep: float = 0.3
     name: ClassVar[str] = "sparse"
+    slow: ClassVar[bool] = True
 
     def needs(self) -> Needs:
         return Needs(made=(ContextualSparsity(self.keep, self.model),))

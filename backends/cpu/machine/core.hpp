@@ -251,8 +251,8 @@ struct Call {
 struct Tree : Object {
   int64_t size = 1, limit = 1;
   // source: the drafter that gave it first; agreed: how many others gave it too; rank: place among the siblings of one source;
-  // depth of the root: 0
-  std::vector<int32_t> tokens, parents, sources, agreed, ranks, depths;
+  // depth of the root: 0; order: its number in the tree of that drafter alone
+  std::vector<int32_t> tokens, parents, sources, agreed, ranks, depths, orders;
   std::vector<float> scores;
   Object* clone() const override { return new Tree(*this); }
   int64_t count() const { return (int64_t)tokens.size(); }
@@ -261,7 +261,8 @@ struct Tree : Object {
       if (parents[(size_t)i] == parent && tokens[(size_t)i] == token) return i;
     return -1;
   }
-  int32_t add(int32_t parent, int32_t token, float score, int32_t source) {  // -1: no room, or no such parent
+  // The number of the node; -1: no room, or no such parent. order -1: the tree is that of its drafter alone.
+  int32_t add(int32_t parent, int32_t token, float score, int32_t source, int32_t order = -1) {
     if (token < 0 || parent < 0 || parent >= count()) return -1;
     if (int32_t known = child(parent, token); known >= 0) {
       agreed[(size_t)known] += sources[(size_t)known] != source;
@@ -270,6 +271,7 @@ struct Tree : Object {
     if (count() >= std::min(limit, size)) return -1;
     int32_t rank = 0;
     for (int32_t i = parent + 1; i < (int32_t)count(); ++i) rank += parents[(size_t)i] == parent && sources[(size_t)i] == source;
+    orders.push_back(order < 0 ? (int32_t)count() : order);
     tokens.push_back(token), parents.push_back(parent), scores.push_back(score), sources.push_back(source);
     agreed.push_back(0), ranks.push_back(rank), depths.push_back(depths[(size_t)parent] + 1);
     return (int32_t)count() - 1;
@@ -277,7 +279,7 @@ struct Tree : Object {
   void copy(const Tree& from, size_t node, int32_t parent) {  // a node of another tree, under a parent of this one
     tokens.push_back(from.tokens[node]), parents.push_back(parent), scores.push_back(from.scores[node]);
     sources.push_back(from.sources[node]), agreed.push_back(from.agreed[node]);
-    ranks.push_back(from.ranks[node]), depths.push_back(from.depths[node]);
+    ranks.push_back(from.ranks[node]), depths.push_back(from.depths[node]), orders.push_back(from.orders[node]);
   }
 };
 

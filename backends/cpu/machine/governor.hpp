@@ -16,6 +16,7 @@ namespace governor {
 constexpr int DEPTHS = 8, AGREED = 3, RECENT = 4, BUCKETS = 32, RANKS = 16, HALVES = 8;
 constexpr size_t CLASSES = 4;
 constexpr int64_t EXPLORE = 32, SPARSELY = 32, PLAIN_FIRST = 4, ROWS = 512;
+constexpr int64_t NODES = 64;  // of a drafter of which it is known what they bring
 constexpr int64_t TRIAL = 4, PAUSE = 16, LONGEST = 512;  // turns in which a drafter is asked again; turns between them
 constexpr double PATIENCE = 0.8;  // a drafter is asked until it brings less than this share of its cost
 
@@ -89,6 +90,21 @@ struct Curve {
   }
 };
 
+// Seconds of a drafter by the nodes that it is allowed: the slope of a line through what was seen of late.
+struct Effort {
+  double nodes = 0, seconds = 0, products = 0, squares = 0;  // averages
+  int64_t seen = 0;
+  void take(double n, double took) {
+    if (seen >= 4) took = std::min(took, 3 * seconds);  // interrupted
+    const double weight = 1.0 / (double)std::min<int64_t>(++seen, 64);
+    mix(nodes, n, weight), mix(seconds, took, weight), mix(products, n * took, weight), mix(squares, n * n, weight);
+  }
+  double per_node() const {
+    const double spread = squares - nodes * nodes;
+    return spread > 0.1 ? std::max((products - nodes * seconds) / spread, 0.0) : 0;
+  }
+};
+
 struct Drafting {  // one drafter at trees of one class
   double gain = 0, seconds = 0;
   int64_t asked = 0;            // in all; in this trial, when there is one
@@ -100,13 +116,17 @@ struct Governor : Object {
   std::vector<double> accepted;
   std::vector<int64_t> trials;
   std::vector<Drafting> drafting;  // [sources, CLASSES]
+  std::vector<double> brought;        // [sources, RECENT, NODES] what the n-th node of a drafter adds to the gain
+  std::vector<int64_t> drafted;       // [sources, RECENT] how often that was seen
+  std::vector<Effort> effort;         // [sources]
   Curve curve;
   int64_t recent = 1;
   double tokens = 0, seconds = 0;     // averages per turn
   double plain = 0, handling = 0;     // seconds outside of the model: of a plain token; what a tree adds to that, without drafting
   double speed = 1, others = 1;
   Governor(int64_t n, int64_t k) : size(n), sources(k), accepted((size_t)(k * DEPTHS * AGREED * RECENT * BUCKETS)),
-      trials(accepted.size()), drafting((size_t)k * CLASSES) {
+      trials(accepted.size()), drafting((size_t)k * CLASSES), brought((size_t)(k * RECENT * NODES)),
+      drafted((size_t)(k * RECENT)), effort((size_t)k) {
     for (size_t i = 0; i < accepted.size(); ++i) accepted[i] = prior((int)(i % BUCKETS));
   }
   Object* clone() const override { return new Governor(*this); }
@@ -130,8 +150,8 @@ struct Governor : Object {
     scores(t, found);
     return found;
   }
-  // The nodes that bring more than they cost, in `best`, and how much more, in tokens.
-  double choose(const Tree& t, std::vector<int32_t>& best) const {
+  // The nodes that bring more than they cost, in `best`, and how much more, in tokens; `worth`: by each node of the tree.
+  double choose(const Tree& t, std::vector<int32_t>& best, std::vector<double>& worth) const {
     static thread_local std::vector<double> scores;
     this->scores(t, scores);
     best.clear();
@@ -150,7 +170,31 @@ struct Governor : Object {
     }
     if (turns % EXPLORE == EXPLORE - 1) count = std::min(best.size(), count + 1);
     best.resize(count);
+    worth.assign((size_t)t.count(), 0.0);
+    for (size_t i = 0; i < count; ++i)
+      worth[(size_t)best[i]] = scores[(size_t)best[i]] - per_second * (cost((int64_t)i + 2) - cost((int64_t)i + 1));
     return most;
+  }
+  // Of at most `most` nodes of a slow drafter as many as bring most, less the time that they take it. At first, and now and then,
+  // other numbers are tried, which say nothing of whether it pays.
+  void allow(Asked& a, int64_t most) const {
+    const Effort& e = effort[(size_t)a.source];
+    const double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
+    const double took = rate() * e.per_node();
+    double total = 0, best = 0;
+    a.limit = 1;
+    for (int64_t i = 0; i < std::min(most, NODES); ++i)
+      if ((total += each[i] - took) > best) best = total, a.limit = i + 1;
+    a.tried = e.seen < TRIAL || turns % EXPLORE == EXPLORE / 2;
+    if (e.seen < TRIAL) a.limit = e.seen % 2 ? 1 : 3;
+    else if (a.tried) ++a.limit;
+    a.limit = std::min(a.limit, most);
+  }
+  void take(const Asked& a) {
+    const double weight = 1.0 / (double)std::min<int64_t>(++drafted[(size_t)(a.source * RECENT + a.recent)] + 2, 8);
+    double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
+    for (size_t i = 0; i < a.brought.size() && i < (size_t)NODES; ++i) mix(each[i], a.brought[i], weight);
+    effort[(size_t)a.source].take((double)a.limit, a.seconds / speed);
   }
   size_t class_of(const Tree& t) const {
     double next = 0;
@@ -179,12 +223,17 @@ struct Governor : Object {
 
 // What is asked of an instance's drafters in a turn is noted in `asked`; the last one drafts until `closed`.
 inline void close(Instance& instance, const Governor& g, const Tree& tree, std::vector<int32_t>& best) {
-  const double gain = g.choose(tree, best);
+  static thread_local std::vector<double> worth;
+  const double gain = g.choose(tree, best, worth);
   for (Asked& last : instance.asked) {
     if (!last.open) continue;
     last.open = false;
     last.seconds += instance.busy_now() - last.since;
     last.gain = gain - last.gain;
+    last.brought.assign((size_t)std::min(last.limit, NODES), 0.0);
+    for (size_t i = 1; i < tree.tokens.size(); ++i)
+      if (const size_t order = (size_t)tree.orders[i] - 1; tree.sources[i] == last.source && order < last.brought.size())
+        last.brought[order] = worth[i];
   }
 }
 
@@ -207,17 +256,20 @@ inline bool op_ask(Call& call) {
   asked.source = std::clamp<int64_t>(call.integer(0), 0, g.sources - 1);
   if (tree.count() > 1) {
     static thread_local std::vector<int32_t> best;
+    static thread_local std::vector<double> worth;
     close(instance, g, tree, best);
     asked.level = (int32_t)g.class_of(tree);
-    asked.gain = g.choose(tree, best);
+    asked.gain = g.choose(tree, best, worth);
   }
   for (const Asked& other : instance.asked) asked.first &= !other.drafted;
-  asked.drafted = asked.open = tree.limit > g.sources && g.drafting[(size_t)asked.source * CLASSES + (size_t)asked.level].rest <= 0;
+  const int64_t most = tree.limit / g.sources - 1;
+  asked.drafted = asked.open = most > 0 && g.drafting[(size_t)asked.source * CLASSES + (size_t)asked.level].rest <= 0;
+  asked.limit = most, asked.recent = g.recent;
+  if (asked.drafted && call.integer(1)) g.allow(asked, most);
   asked.since = instance.busy_now();
   instance.asked.push_back(asked);
-  Value v = tensor(BOOL, {});
-  *v.flags() = asked.drafted;
-  call.out[0] = std::move(v);
+  call.out[0] = tensor(I32, {});
+  *call.out[0].i32() = asked.drafted ? (int32_t)asked.limit + 1 : 0;
   return true;
 }
 inline bool op_attend(Call& call) {
@@ -300,7 +352,10 @@ inline bool op_learn(Call& call) {
   for (const Asked& each : instance.asked) {
     Drafting& d = g.drafting[(size_t)each.source * CLASSES + (size_t)each.level];
     if (!each.drafted) --d.rest;
-    else if (known && g.timed > PLAIN_FIRST) g.answered(d, each.gain, each.seconds / g.speed, each.first);
+    else if (known && g.timed > PLAIN_FIRST) {
+      g.take(each);
+      if (!each.tried) g.answered(d, each.gain, each.seconds / g.speed, each.first);
+    }
   }
   if (instance.asked.empty() && g.turns > PLAIN_FIRST)
     for (int64_t i = 0; i < g.sources; ++i) --g.drafting[(size_t)i * CLASSES].rest;
@@ -313,7 +368,7 @@ inline bool op_learn(Call& call) {
 }  // namespace governor
 
 inline const OperationEntry GOVERNOR_OPERATIONS[] = {
-    {"plan", governor::op_plan, 1, 1, 1},   {"ask", governor::op_ask, 2, 1, 1},     {"attend", governor::op_attend, 1, 1, 1},
+    {"plan", governor::op_plan, 1, 1, 1},   {"ask", governor::op_ask, 2, 1, 2},     {"attend", governor::op_attend, 1, 1, 1},
     {"prune", governor::op_prune, 2, 1, 0}, {"learn", governor::op_learn, 2, 1, 0},
 };
 inline const StateEntry GOVERNOR_STATES[] = {

@@ -29,6 +29,9 @@ struct Asked {  // a drafter in a turn, as the governor asked it
   bool drafted = false, open = false;  // open: it drafts or learns, since `since`
   bool first = true;             // no other drafted before
   double gain = 0, since = 0, seconds = 0;  // gain: of the tree before; once it has drafted, the change
+  int64_t limit = 0, recent = 0;  // nodes that it was allowed, root left out; of the governor then
+  bool tried = false;             // limit is not the best known one
+  std::vector<double> brought;    // by each of those nodes
 };
 
 struct Instance {

@@ -13,7 +13,7 @@ inline bool op_tree(Call& call) {
   if (t->size < 1 || t->size > 1 << 20) fail("tree: %lld is no size of a tree", (long long)t->size);
   t->limit = *call.in[1].i32();
   t->tokens = {*call.in[0].i32()}, t->parents = {-1}, t->scores = {1.0f};
-  t->sources = t->agreed = t->ranks = t->depths = {0};
+  t->sources = t->agreed = t->ranks = t->depths = t->orders = {0};
   call.out[0] = holder;
   return true;
 }
@@ -35,7 +35,7 @@ inline bool op_tree_merge(Call& call) {
   if (a.tokens[0] != b.tokens[0]) fail("tree_merge: the roots are the tokens %d and %d.", a.tokens[0], b.tokens[0]);
   std::vector<int32_t> place = {0};
   for (size_t i = 1; i < b.tokens.size(); ++i)
-    place.push_back(a.add(place[(size_t)b.parents[i]], b.tokens[i], b.scores[i], b.sources[i]));
+    place.push_back(a.add(place[(size_t)b.parents[i]], b.tokens[i], b.scores[i], b.sources[i], b.orders[i]));
   call.out[0] = std::move(call.in[0]);
   return true;
 }

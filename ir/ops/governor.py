@@ -2,7 +2,7 @@
 
 Type of the value: State["governor", size, sources]; `size` is the most nodes that a tree may have, root included.
 
-It measures how long calls take and how often drafted tokens are accepted: by drafter, depth, how many other drafters agree, how many
+It measures how long calls take and how often drafted tokens are accepted: by drafter, depth, how many others agree, how many
 drafted tokens the last tree brought (texts repeat themselves by stretches), and rank among siblings (or the drafter's probability,
 when that is below 1). What it decides changes how long decoding takes, never what is decoded. In this reference a call of n rows
 takes 1 + n / 16, drafting nothing, and speculation never pauses; the machine measures.

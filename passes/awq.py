@@ -16,7 +16,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stemma.ir import Array, Format, Function, Module, Node, Rows, Tensor, constant_nodes, format_of, ops
+from stemma.ir import Array, Format, Function, Module, Node, PassError, Rows, Tensor, TypeMismatch, constant_nodes, format_of, ops
 from stemma.passes.base import PassContext
 from stemma.passes.calibrate import (
     WEIGHT_OPERAND,
@@ -50,11 +50,18 @@ class Awq(Calibrated):
     round: bool = True
     name: ClassVar[str] = "awq"
 
+    def validate(self) -> None:
+        try:
+            format_of(self.format)
+        except TypeMismatch as error:
+            raise PassError(f"awq: format={self.format!r} is not available. {error}") from None
+
     def target(self, weight: Node) -> Format:
         return format_of(self.format)
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with scaled weights and what makes their inputs; PassError when there is too little text."""
+        self.validate()
         forward = module["forward"]
         embedded = set(embedded_weights(forward))
         sites = linear_sites(forward)

@@ -86,6 +86,9 @@ class Pass:
     ensures: ClassVar[frozenset[str]] = frozenset()
     stage: ClassVar[Stage] = "model"
 
+    def validate(self) -> None:
+        """PassError for options that fit no model at all: asked before any work, and again before the pass runs."""
+
     def needs(self) -> Needs:
         """What a pass of the stage "program" wants to find in the module."""
         return Needs()

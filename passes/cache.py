@@ -36,13 +36,16 @@ class Cache(Pass):
     label: ClassVar[Label] = "lossy"
     requires: ClassVar[frozenset[str]] = frozenset({"causal"})
 
-    def run(self, module: Module, context: PassContext) -> Module:
-        """The module with rounded keys and values; PassError for an unknown type or a group that does not divide the heads."""
+    def validate(self) -> None:
         for name in (self.dtype, self.keys or self.dtype, self.values or self.dtype):
             if name not in TYPES:
                 raise PassError(f"cache: the type {name!r} is not available; use {', '.join(TYPES)}.")
         if self.group < 8 or self.group % 8:
             raise PassError(f"cache: group={self.group} is no multiple of 8.")
+
+    def run(self, module: Module, context: PassContext) -> Module:
+        """The module with rounded keys and values; PassError for an unknown type or a group that does not divide the heads."""
+        self.validate()
         return module.map(self._function)
 
     def _function(self, function: Function) -> Function:

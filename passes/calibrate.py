@@ -217,6 +217,7 @@ class CalibratedWeights(Calibrated):
 
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with new weights; PassError when there is too little text, or a weight's rows do not fit the format."""
+        self.validate()
         forward = module["forward"]
         embedded = set(embedded_weights(forward))
         read = dict.fromkeys(n.inputs[1] for n in constant_linears(forward))

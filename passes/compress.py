@@ -15,11 +15,26 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from stemma.ir import Array, Context, Function, Module, Node, PassError, Tensor, constant_nodes, dtype, format_of, ops, size, walk
+from stemma.ir import (
+    Array,
+    Context,
+    Function,
+    Module,
+    Node,
+    PassError,
+    Tensor,
+    TypeMismatch,
+    constant_nodes,
+    dtype,
+    format_of,
+    ops,
+    size,
+    walk,
+)
 from stemma.passes.base import Label, Pass, PassContext
-from stemma.passes.measure import log_softmax
+from stemma.passes.measure import check_logits, divergence, log_softmax
 
-_BUDGET = re.compile(r"(?:(kl)=)?([0-9.]+(?:e-?\d+)?)(bits|MB|tok/s|)$")
+_BUDGET = re.compile(r"(?:(kl)=)?(\d+(?:\.\d*)?(?:e[+-]?\d+)?)(bits|MB|tok/s|)$")
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,22 @@ class Compress(Pass):
     name: ClassVar[str] = "compress"
     label: ClassVar[Label] = "lossy"
 
+    def validate(self) -> None:
+        self._budget()
+        for name in self.formats.split("+"):
+            try:
+                format_of(name)
+            except TypeMismatch as error:
+                raise PassError(f"compress: formats={self.formats} has {name!r}, which is not available. {error}") from None
+        if self.tokens < 2 or not 0 < self.bandwidth < np.inf:
+            raise PassError(
+                f"compress: tokens={self.tokens} and bandwidth={self.bandwidth} are not available; use two tokens at least, and a "
+                "bandwidth of more than 0 GB/s."
+            )
+
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with the chosen formats; PassError for a budget that cannot be read or met, or without calibration text."""
+        self.validate()
         function = module["forward"]
         kind, amount = self._budget()
         units = list(find_units(function))
@@ -100,7 +129,9 @@ class Compress(Pass):
         found = [Option("", stored_bytes(unit, ""), 0.0)]
         for name in self.formats.split("+"):
             if not any(format_of(name).refusal(int(w.shape[1])) for w in unit.weights):  # type: ignore[arg-type]
-                found.append(Option(name, stored_bytes(unit, name), trial.divergence({unit: name})))
+                cost = trial.divergence({unit: name})
+                if cost < np.inf:
+                    found.append(Option(name, stored_bytes(unit, name), cost))
         return found
 
     def _below(self, limit: float, read_only: bool, units: Sequence[Unit], steps: Sequence[Sequence[Option]]) -> Sequence[Option]:
@@ -225,13 +256,16 @@ class _Trial:
             inputs = [np.stack([d for d in documents if len(d) == length])]
             run = Context.of(function, inputs, context.weights)
             values = dict(zip(function.params, inputs, strict=True))
-            self.runs.append((run, values, log_softmax(run.extend(function, values)[0])))
+            logits = run.extend(function, values)[0]
+            check_logits([logits])
+            self.runs.append((run, values, log_softmax(logits)))
 
     def divergence(self, formats: Mapping[Unit, str]) -> float:
-        """Mean KL divergence in nats per token with units in these formats."""
+        """Mean KL divergence in nats per token with units in these formats; infinite when logits are no numbers."""
         changed = stored(self.function, formats)
         found: list[Array] = []
         for run, values, reference in self.runs:
             logits = run.extend(changed, dict(values))[0]
-            found.append(np.sum(np.exp(reference) * (reference - log_softmax(logits)), axis=-1).reshape(-1))
-        return max(0.0, float(np.mean(np.concatenate(found))))
+            found.append(divergence(reference, log_softmax(logits)).reshape(-1))
+        mean = float(np.mean(np.concatenate(found)))
+        return max(0.0, mean) if np.isfinite(mean) else np.inf

@@ -40,6 +40,10 @@ class Gptq(CalibratedWeights):
     order: bool = True
     name: ClassVar[str] = "gptq"
 
+    def validate(self) -> None:
+        uniform_of(self.name, self.format)
+        check_damp(self, self.damp)
+
     def takes(self, weight: Node) -> bool:
         return super().takes(weight) or (weight.op.name == "quantize" and _has_codes(format_of(weight.dtype)))
 
@@ -51,7 +55,7 @@ class Gptq(CalibratedWeights):
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
         targets = {w: uniform_of(self.name, self.target(w).name) for w in site.weights}
         for group in dict.fromkeys(t.group for t in targets.values()):
-            hessian = hessian_of(self, site, group, self.damp, order=self.order)
+            hessian = hessian_of(site, group, self.damp, order=self.order)
             for weight in (w for w in site.weights if targets[w].group == group):
                 rows = take(weight)
                 parts = [
@@ -90,10 +94,14 @@ def uniform_of(owner: str, name: str) -> Uniform:
     return found
 
 
-def hessian_of(owner: CalibratedWeights, site: Site, group: int, damp: float, *, order: bool, inner: bool = True) -> Hessian:
-    """The Hessian of a site's inputs, its columns in the order in which they are to be rounded (see `column_order`)."""
+def check_damp(owner: CalibratedWeights, damp: float) -> None:
+    """PassError for a share of damping that is none."""
     if not 0 <= damp <= 1:
         raise PassError(f"{owner.name}: damp={damp} is out of range; use 0 to 1, 0.01 as a rule.")
+
+
+def hessian_of(site: Site, group: int, damp: float, *, order: bool, inner: bool = True) -> Hessian:
+    """The Hessian of a site's inputs, its columns in the order in which they are to be rounded (see `column_order`)."""
     squares = mean_squares(site.inputs)
     columns = column_order(squares, group, inner=inner) if order else np.arange(site.columns)
     return Hessian(site.inputs, squares, columns, damp)

@@ -20,7 +20,7 @@ import numpy as np
 from stemma.ir import Format, Node, PassError, Quantized, Rows, format_of
 from stemma.ir.formats.group_sparse import GroupSparse
 from stemma.passes.calibrate import CalibratedWeights, Site, float_rows, row_blocks, rows_of
-from stemma.passes.gptq import compensate, hessian_of, uniform_of
+from stemma.passes.gptq import check_damp, compensate, hessian_of, uniform_of
 
 SWEEPS = 4  # of the second stage over all groups
 
@@ -39,16 +39,24 @@ class Gqsa(CalibratedWeights):
     damp: float = 0.01
     name: ClassVar[str] = "gqsa"
 
-    def target(self, weight: Node) -> Format:
+    def validate(self) -> None:
+        check_damp(self, self.damp)
         if self.bits != 4:
             raise PassError(f"gqsa: bits={self.bits} is not available; what is kept has 4.")
+        if self.group not in (16, 32, 64) or not 20 <= self.sparsity <= 60:
+            raise PassError(
+                f"gqsa: group={self.group} and sparsity={self.sparsity} are not available; use groups of 16, 32 or 64 columns, "
+                "and a sparsity of 20 to 60 percent."
+            )
+
+    def target(self, weight: Node) -> Format:
         return format_of(f"int4_g{self.group}_s{self.sparsity}")
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
         target = self.target(site.weights[0])
         assert isinstance(target, GroupSparse)
         dense = uniform_of(self.name, target.dense.name)
-        hessian = hessian_of(self, site, self.group, self.damp, order=True)
+        hessian = hessian_of(site, self.group, self.damp, order=True)
         worth = np.empty(site.columns)
         worth[hessian.order] = 1 / hessian.inverse_diagonal().astype(np.float64)
         for weight in site.weights:

@@ -97,9 +97,11 @@ def run_pipeline(
         context.choices.clear()
         started = time.perf_counter()
         try:
+            step.validate()
             new = step.run(module, context)
         except PassError as error:
-            raise PassError(f"The pass {step.name!r} failed. {error}") from error
+            reason = str(error).removeprefix(f"{step.name}: ")  # which the reader is told anyway
+            raise PassError(f"The pass {step.name!r} failed{'.' if reason == str(error) else ':'} {reason}") from error
         except StemmaError as error:
             raise type(error)(f"In the pass {step.name!r}: {error}") from error
         seconds = time.perf_counter() - started

@@ -54,7 +54,9 @@ class Meter:
             return _compare_outputs(self.before, after["forward"], self.weights)
         if not self._reference:
             self._reference = _logits(self.before, self.documents, self.weights)
+            check_logits(self._reference)
         changed = _logits(after["forward"], self.documents, self.weights)
+        check_logits(changed, "After this pass, the")
         return _compare_logits(self.documents, self._reference, changed)
 
 
@@ -66,7 +68,7 @@ def _compare_logits(documents: Sequence[Array], before: Sequence[Array], after: 
             difference += float(np.sum((b - a) ** 2, dtype=np.float64))
             energy += float(np.sum(a**2, dtype=np.float64))
             p, q = log_softmax(a), log_softmax(b)
-            divergences.append(max(0.0, float(np.sum(np.exp(p) * (p - q)))))
+            divergences.append(max(0.0, float(divergence(p, q))))
             agreement.append(bool(np.argmax(a) == np.argmax(b)))
             if token is not None:
                 likelihood.append((-p[token], -q[token]))
@@ -94,12 +96,28 @@ def _logits(forward: Function, documents: Sequence[Array], weights: WeightStore)
     return [found[i] for i in range(len(documents))]
 
 
+def check_logits(logits: Sequence[Array], whose: str = "The") -> None:
+    """PassError when a row of logits has a NaN, an infinity or no finite number: comparing with it says nothing."""
+    largest = np.concatenate([x.max(axis=-1).reshape(-1) for x in logits])
+    if wrong := int(np.count_nonzero(~np.isfinite(largest))):
+        raise PassError(
+            f"{whose} model's logits are not finite (NaN or infinity) at {wrong} of {len(largest)} calibration tokens, so no "
+            "loss can be measured."
+        )
+
+
 def log_softmax(logits: Array) -> Array:
     """Log-probabilities over the last axis, in float64."""
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     shifted: Array = x - np.log(np.sum(np.exp(x), axis=-1, keepdims=True))
     return shifted
+
+
+def divergence(p: Array, q: Array) -> Array:
+    """KL(p || q) in nats over the last axis, of log-probabilities; what p rules out (-inf) adds nothing."""
+    difference = np.subtract(p, q, out=np.zeros_like(p), where=p > -np.inf)
+    return np.asarray(np.sum(np.exp(p) * difference, axis=-1))
 
 
 def _compare_outputs(before: Function, after: Function, weights: WeightStore) -> Loss:

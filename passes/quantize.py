@@ -35,6 +35,9 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     label: ClassVar[Label] = "lossy"
 
+    def validate(self) -> None:
+        self._format()
+
     def run(self, module: Module, context: PassContext) -> Module:
         """The module with quantized weights; PassError for options without a format, and rows that the format does not take."""
         chosen = self._format()
@@ -43,6 +46,9 @@ class Quantize(Pass):
     def _format(self) -> Format:
         """The element type that the options mean."""
         if self.format:
+            plain = Quantize(format=self.format, embeddings=self.embeddings)
+            if extra := [f"{k}={v}" for k, v in self.options().items() if v != plain.options()[k]]:
+                raise PassError(f"quantize: format={self.format} says all of it; leave out {', '.join(extra)}.")
             try:
                 return format_of(self.format)
             except TypeMismatch as error:
@@ -103,10 +109,13 @@ class RoundActivations(Pass):
     name: ClassVar[str] = "round_activations"
     label: ClassVar[Label] = "lossy"
 
-    def run(self, module: Module, context: PassContext) -> Module:
-        """The module with rounded inputs of linears."""
+    def validate(self) -> None:
         if self.dtype not in ("int8", "bf16"):
             raise PassError(f"round_activations: dtype={self.dtype!r} is not available; use int8 or bf16.")
+
+    def run(self, module: Module, context: PassContext) -> Module:
+        """The module with rounded inputs of linears."""
+        self.validate()
         return module.map(lambda f: f.rewrite(self._replace))
 
     def _replace(self, node: Node, inputs: tuple[Node, ...]) -> Node:

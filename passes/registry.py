@@ -120,7 +120,9 @@ def make_pass(specification: str) -> Pass:
         if not equals or key not in valid:
             known = ", ".join(f"{f.name}={_default(f)}" for f in valid.values())
             what = f"no option {key!r}" if equals else f"options written option=value, not {item!r}"
-            raise PassError(f"The pass {cls.name!r} takes {what}. " + (f"Its options: {known}." if known else "It has none."))
+            close = difflib.get_close_matches(key, valid, 1) if equals else []
+            said = (f"Its options: {known}." if known else "It has none.") + (f" Did you mean {close[0]}?" if close else "")
+            raise PassError(f"The pass {cls.name!r} takes {what}. {said}")
         if key in options:
             raise PassError(f"The option {key!r} of the pass {cls.name!r} is given twice.")
         options[key] = _value(cls.name, key, value, hints[key])
@@ -177,7 +179,9 @@ def _value(owner: str, key: str, text: str, hint: Any) -> Any:
         return _unquoted(text)
     elif hint in (int, float):
         try:
-            return hint(text)
+            value = hint(text)
+            if value == value:  # NaN would pass every check of a range
+                return value
         except ValueError:
             pass
     name = getattr(hint, "__name__", str(hint))

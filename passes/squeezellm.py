@@ -20,7 +20,7 @@ from stemma.ir import Array, Format, Node, PassError, Quantized, Rows, format_of
 from stemma.ir.formats.base import as_f16
 from stemma.ir.formats.codebook import fit
 from stemma.passes.calibrate import CalibratedWeights, Site, columns_of, float_rows, row_blocks, rows_of
-from stemma.passes.gptq import feed_back, hessian_of
+from stemma.passes.gptq import check_damp, feed_back, hessian_of
 from stemma.passes.hessian import Hessian, mean_squares
 
 MOST_OUTLIERS = 0.05
@@ -40,17 +40,20 @@ class SqueezeLLM(CalibratedWeights):
     damp: float = 0.01
     name: ClassVar[str] = "squeezellm"
 
-    def target(self, weight: Node) -> Format:
+    def validate(self) -> None:
+        check_damp(self, self.damp)
         if self.bits not in (3, 4) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise PassError(
                 f"squeezellm: bits={self.bits} and outliers={self.outliers} are not available; use 3 or 4 bits, and a share of "
                 f"outliers from 0 to {MOST_OUTLIERS}."
             )
+
+    def target(self, weight: Node) -> Format:
         return format_of(f"nu{self.bits}_o{round(self.outliers * columns_of(weight))}")
 
     def choose(self, site: Site, take: Callable[[Node], Rows]) -> Iterator[tuple[Node, Quantized]]:
         squares, target = mean_squares(site.inputs), self.target(site.weights[0])
-        hessian = hessian_of(self, site, 0, self.damp, order=True) if self.compensate else None
+        hessian = hessian_of(site, 0, self.damp, order=True) if self.compensate else None
         for weight in site.weights:
             rows, parts = take(weight), []
             for start, stop in row_blocks(rows_of(weight), 4 * site.columns):  # fit computes in float64

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from stemma.ir import Array, Format, Node, Quantized, Rows, format_of
+from stemma.ir import Array, Format, Node, PassError, Quantized, Rows, format_of
 from stemma.ir.formats.two_four import TwoFour as TwoFourFormat
 from stemma.ir.formats.two_four import keep
 from stemma.passes.calibrate import CalibratedWeights, Site, float_rows, row_blocks, rows_of
-from stemma.passes.gptq import compensate, hessian_of, uniform_of
+from stemma.passes.gptq import check_damp, compensate, hessian_of, uniform_of
 
 SWEEPS = 4  # of the last fit of the scales
 
@@ -33,6 +33,11 @@ class TwoFour(CalibratedWeights):
     damp: float = 0.01
     name: ClassVar[str] = "two_four"
 
+    def validate(self) -> None:
+        check_damp(self, self.damp)
+        if self.group not in (64, 128):
+            raise PassError(f"two_four: group={self.group} is not available; use 64 or 128 columns.")
+
     def target(self, weight: Node) -> Format:
         return format_of(f"int4_g{self.group}_2of4")
 
@@ -40,7 +45,7 @@ class TwoFour(CalibratedWeights):
         target = self.target(site.weights[0])
         assert isinstance(target, TwoFourFormat)
         dense = uniform_of(self.name, target.dense.name)
-        hessian = hessian_of(self, site, self.group, self.damp, order=True, inner=False)
+        hessian = hessian_of(site, self.group, self.damp, order=True, inner=False)
         for weight in site.weights:
             rows, parts = take(weight), []
             for start, stop in row_blocks(rows_of(weight), site.columns):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from stemma.ir import PassError, dtype, parse_module, print_module, verify
 from stemma.passes.base import PassContext
-from stemma.passes.compress import Compress, Option, find_units, greedy, hull
+from stemma.passes.compress import Compress, Option, _Trial, find_units, greedy, hull
 from stemma.passes.measure import Meter
 from tests.programs import tiny_lm
 from tests.test_quantize import store
@@ -95,3 +96,41 @@ def test_clear_errors() -> None:
     assert quantized
     with pytest.raises(PassError, match="no float weights"):
         Compress(formats=FORMATS).run(twice, context())
+
+
+def test_options_are_refused_before_anything_is_measured() -> None:
+    for options, message in (
+        (Compress(budget="1.2.3bits"), "none of 4.5bits"),
+        (Compress(budget=".bits"), "none of 4.5bits"),
+        (Compress(formats="int8+int9"), "formats=int8\\+int9 has 'int9', which is not available"),
+        (Compress(tokens=-5), "tokens=-5 .* two tokens at least"),
+        (Compress(budget="50tok/s", bandwidth=0.0), "bandwidth=0.0"),
+        (Compress(budget="50tok/s", bandwidth=float("nan")), "bandwidth=nan"),
+    ):
+        with pytest.raises(PassError, match=message):
+            options.validate()
+
+
+def test_a_format_that_breaks_the_model_is_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are NaN have no divergence at all, which is not a divergence of 0."""
+    module, _ = tiny_lm()
+    plain = _Trial.divergence
+    monkeypatch.setattr(_Trial, "divergence", lambda self, formats: nan_for_int2(plain(self, formats), formats.values()))
+    made = context()
+    Compress(budget="8.6bits", formats=FORMATS).run(module, made)
+    assert {row["format"] for row in made.choices} <= {"f32", "int8", "int4_g32"}
+
+
+def nan_for_int2(divergence: float, formats: Iterable[str]) -> float:
+    return np.inf if "int2_g32" in formats else divergence
+
+
+def test_logits_without_a_divergence() -> None:
+    """Of a trial whose changed model makes NaN; and a reference that is NaN itself is refused."""
+    module, _ = tiny_lm()
+    made = context()
+    trial = _Trial(module["forward"], made, 16)
+    unit = next(iter(find_units(module["forward"])))
+    run, values, reference = trial.runs[0]
+    trial.runs = [(run, values, np.full_like(reference, np.nan))]
+    assert trial.divergence({unit: "int8"}) == np.inf

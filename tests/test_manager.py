@@ -125,3 +125,11 @@ def test_a_failing_pass_is_named() -> None:
 
     with pytest.raises(PassError, match="The pass 'clean' failed. No reason."):
         run_pipeline(START, (Fails(),))
+
+    @dataclass(frozen=True)
+    class Refuses(Clean):
+        def validate(self) -> None:
+            raise PassError("clean: size=3 is odd.")
+
+    with pytest.raises(PassError, match="The pass 'clean' failed: size=3 is odd."):
+        run_pipeline(START, (Refuses(),))

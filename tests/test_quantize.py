@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from stemma.ir import (
     Array,
+    Function,
     Module,
+    Node,
     PassError,
     Tensor,
     TypeMismatch,
@@ -22,8 +24,9 @@ from stemma.ir import (
     verify,
 )
 from stemma.passes.base import PassContext
-from stemma.passes.measure import Meter
+from stemma.passes.measure import Meter, divergence
 from stemma.passes.quantize import Quantize, RoundActivations
+from stemma.passes.registry import make_pass
 from tests.programs import tiny_lm
 
 pytestmark = pytest.mark.quick
@@ -132,3 +135,54 @@ def test_clear_errors() -> None:
             options.run(module, PassContext())
     with pytest.raises(PassError, match="calibration"):
         Meter(module, store(weights), [np.array([3])])
+
+
+def test_logits_that_are_no_numbers_have_no_loss() -> None:
+    """A pass that breaks the model does not get a KL of 0; a logit of -inf, as of a token that is ruled out, is a number."""
+    module, weights = tiny_lm()
+    meter = Meter(module, store(weights), [np.arange(12)])
+    forward = module["forward"]
+    (logits,) = forward.results
+
+    def changed(value: Node) -> Module:
+        return module.replace(Function("forward", forward.params, {forward.result_names[0]: value}))
+
+    for value in (logits * float("nan"), logits * float("inf")):
+        with pytest.raises(PassError, match="After this pass, the model's logits are not finite .* at 12 of 12 calibration tokens"):
+            meter(changed(value))
+    with pytest.raises(PassError, match="The model's logits are not finite"):
+        Meter(changed(logits * float("nan")), store(weights), [np.arange(12)])(module)
+    p, q = np.array([np.log(0.5), np.log(0.5), -np.inf]), np.array([np.log(0.25), np.log(0.75), -np.inf])
+    assert abs(divergence(p, q) - 0.5 * np.log(0.5 / 0.25) - 0.5 * np.log(0.5 / 0.75)) < 1e-12
+    assert divergence(p, np.array([-np.inf, 0.0, -np.inf])) == np.inf
+
+
+@pytest.mark.parametrize(
+    "options", ["format=uint2_g32,lookup=true", "format=int8,bits=3", "format=int4_g32,group=64", "format=int8,symmetric=false"]
+)
+def test_a_format_and_parts_of_another_contradict(options: str) -> None:
+    with pytest.raises(PassError, match="says all of it; leave out (lookup=True|bits=3|group=64|symmetric=False)"):
+        make_pass(f"quantize{{{options}}}").validate()
+    make_pass("quantize{format=int8,embeddings=false}").validate()
+
+
+@pytest.mark.parametrize(
+    "specification, message",
+    [
+        ("quantize{bits=5}", "bits=5"),
+        ("round_activations{dtype=int3}", "use int8 or bf16"),
+        ("cache{dtype=int3}", "use bf16, f16, int8, int4"),
+        ("cache{group=9}", "no multiple of 8"),
+        ("gptq{format=nu3_o3}", "has no uniform codes"),
+        ("gptq{damp=2}", "damp=2.0 is out of range"),
+        ("awq{format=int9}", "format='int9' is not available"),
+        ("squeezellm{bits=7}", "use 3 or 4 bits"),
+        ("squeezellm{damp=-1}", "damp=-1.0"),
+        ("gqsa{sparsity=99}", "a sparsity of 20 to 60 percent"),
+        ("gqsa{group=7}", "use groups of 16, 32 or 64"),
+        ("two_four{group=13}", "use 64 or 128 columns"),
+    ],
+)
+def test_options_that_fit_no_model_are_refused_without_one(specification: str, message: str) -> None:
+    with pytest.raises((PassError, TypeMismatch), match=message):
+        make_pass(specification).validate()

@@ -60,6 +60,8 @@ def test_options_are_read_by_the_types_of_the_fields() -> None:
         ("zzz", "There are: awq, "),
         ("canonicalize{deep=1}", "takes no option 'deep'. It has none."),
         ("everything{nunber=1}", "takes no option 'nunber'. Its options: number=..., ratio=0.5, flag=False"),
+        ("everything{nunber=1}", "kind=tall. Did you mean number?"),
+        ("everything{number=1,ratio=nan}", "takes a value of the type float, not 'nan'"),
         ("everything{3}", "takes options written option=value, not '3'"),
         ("everything", "needs a value for number: everything{number=...}"),
         ("everything{number=three}", "option 'number' of the pass 'everything' takes a value of the type int, not 'three'"),

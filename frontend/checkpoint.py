@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from stemma.ir import Array, Tensor
 
+LONGEST = 1 << 30  # positions that the runtime counts
+
 
 class StoredTensor(Protocol):
     """One tensor of a file, described and not read. `name` is the one in the file, `dtype` the IR's or a foreign one."""
@@ -69,9 +71,11 @@ class Checkpoint:
 
     @property
     def context(self) -> int | None:
-        """The largest number of positions, None when the model has no limit of its own."""
+        """The largest number of positions; None when it is no language model and has no limit of its own."""
         value = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return int(value) if value else None
+        if self.kind == "causal_lm":
+            return LONGEST if value is None else min(int(value), LONGEST)
+        return int(value) if value and value > 0 else None
 
     @property
     def bytes(self) -> int:

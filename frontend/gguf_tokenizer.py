@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stemma.frontend.gguf import Gguf
+from stemma.frontend.tokenizer_files import check_tokenizer, tokenizer_files
 from stemma.ir import CheckpointError
 
 _CONTROL, _USER = 3, 4  # types of tokens: never in a text by itself; added by whoever trained the model
@@ -45,8 +46,9 @@ def write_tokenizer(file: Gguf, folder: Path, vocabulary: int) -> tuple[Path, ..
     if model != "gpt2" or cut not in _CUTS:
         beside = file.path.parent / "tokenizer.json"
         if beside.is_file():
-            extra = file.path.parent / "tokenizer_config.json"
-            return (beside, extra) if extra.is_file() else (beside,)
+            found = tokenizer_files(beside.parent)
+            check_tokenizer(found)
+            return found
         what = f"of the kind {model!r}" if model != "gpt2" else f"that cuts text by the rule {cut!r}"
         raise CheckpointError(
             f"{file.path} has a tokenizer {what}, which is not read. Give the folder of the original one with --tokenizer "

@@ -8,7 +8,6 @@ stay as they are (`prequantized.py`, `gguf*.py`).
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import re
 import warnings
@@ -21,15 +20,17 @@ import torch
 from stemma.frontend.checkpoint import Checkpoint, StoredTensor
 from stemma.frontend.prequantized import is_padding, order_inputs, unpack_tensors
 from stemma.frontend.safetensors import read_folder
+from stemma.frontend.tokenizer_files import NAMES as TOKENIZER_FILES
+from stemma.frontend.tokenizer_files import check_tokenizer, read_object, tokenizer_files
 from stemma.frontend.torch_export import Stored, trace
 from stemma.ir import Array, CheckpointError, Module, Size, TypeMismatch, UnsupportedError, WeightStore, dim, dtype, size
 
 __all__ = ["Checkpoint", "load_checkpoint", "trace_checkpoint"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-_FILES = (*_TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
+_FILES = (*TOKENIZER_FILES, "generation_config.json", "preprocessor_config.json")
 # Tensors that old checkpoints carry although the classes compute them.
 _IGNORED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias|num_batches_tracked)$")
+MANY_LAYERS = 1000  # a model of more has at least as many tensors
 _EXAMPLE = {"batch": 3, "tokens": 7}
 
 
@@ -39,7 +40,9 @@ def load_checkpoint(source: str | Path, tokenizer: str | Path | None = None) -> 
     tokenizer: a folder whose tokenizer is used instead. CheckpointError when the checkpoint is incomplete or damaged.
     """
     source = Path(source)
-    given = None if tokenizer is None else _tokenizer_files(Path(tokenizer))
+    given = None if tokenizer is None else tokenizer_files(Path(tokenizer))
+    if given is not None:
+        check_tokenizer(given)
     if source.is_file():
         from stemma.frontend.gguf import is_gguf
         from stemma.frontend.gguf_model import load_gguf
@@ -54,13 +57,6 @@ def load_checkpoint(source: str | Path, tokenizer: str | Path | None = None) -> 
     return _load_folder(source, given)
 
 
-def _tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The files of another tokenizer; CheckpointError when there is none."""
-    if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"There is no tokenizer in {folder}: {folder / 'tokenizer.json'} does not exist. Name its folder.")
-    return tuple(folder / f for f in _TOKENIZER_FILES if (folder / f).exists())
-
-
 def _load_folder(folder: Path, tokenizer: tuple[Path, ...] | None) -> Checkpoint:
     raw = _read_json(folder / "config.json", required=True)
     settings = raw.pop("quantization_config", None)
@@ -72,48 +68,67 @@ def _load_folder(folder: Path, tokenizer: tuple[Path, ...] | None) -> Checkpoint
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     causal = architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    _check_sizes(folder / "config.json", config, causal, len(tensors))
     generation = _read_json(folder / "generation_config.json", required=False)
     text = config.get_text_config()
-    eos = generation.get("eos_token_id", getattr(text, "eos_token_id", None)) if causal else None
-    bos = generation.get("bos_token_id", getattr(text, "bos_token_id", None)) if causal else None
-    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(int(i) for i in eos)
+    eos, bos = (
+        _tokens(name, (generation, text), folder, int(text.vocab_size), notes) if causal else ()
+        for name in ("eos_token_id", "bos_token_id")
+    )
     files = tuple(folder / f for f in _FILES if (folder / f).exists())
     if tokenizer is not None:
-        files = (*tokenizer, *(f for f in files if f.name not in _TOKENIZER_FILES))
+        files = (*tokenizer, *(f for f in files if f.name not in TOKENIZER_FILES))
+    else:
+        check_tokenizer(files)
     has_tokenizer = any(f.name == "tokenizer.json" for f in files)
     if causal and not has_tokenizer:
         notes.append("The folder has no tokenizer.json: the artifact will take and give token ids, not text.")
-    if causal and not eos_ids and has_tokenizer:
+    if causal and not eos and has_tokenizer:
         raise CheckpointError(
-            f"{folder} has a tokenizer but names no end token, so generated text would never end. Set eos_token_id in its "
-            "generation_config.json or config.json."
+            f"{folder} has a tokenizer but names no end token of its vocabulary, so generated text would never end. Set "
+            "eos_token_id in its generation_config.json or config.json."
         )
     return Checkpoint(
-        folder, config, architecture, "causal_lm" if causal else "model", tensors, files, eos_ids,
-        bos if isinstance(bos, int) else None, tuple(notes), str(folder / "config.json"),
+        folder, config, architecture, "causal_lm" if causal else "model", tensors, files, eos,
+        bos[0] if bos else None, tuple(notes), str(folder / "config.json"),
     )  # fmt: skip
 
 
 def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not path.exists():
-        if required:
-            raise CheckpointError(f"{path.parent} has no {path.name}. Give the folder of a Hugging Face checkpoint.")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Copy or download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Copy or download it again.")
-    return value
+    if path.exists():
+        return read_object(path)
+    if required:
+        raise CheckpointError(f"{path.parent} has no {path.name}. Give the folder of a Hugging Face checkpoint.")
+    return {}
+
+
+def _tokens(name: str, settings: Sequence[Any], folder: Path, vocabulary: int, notes: list[str]) -> tuple[int, ...]:
+    """The ids of a special token: those that the first of `settings` that has it names. CheckpointError for what is no id."""
+    value = next((v for s in settings if (v := s.get(name) if isinstance(s, dict) else getattr(s, name, None)) is not None), None)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise CheckpointError(f"{folder} says {name} = {value!r}, which is no token id. Correct it in its JSON files.")
+    if wrong := [i for i in ids if not 0 <= i < vocabulary]:
+        notes.append(f"{folder} says {name} = {value!r}; {wrong[0]} is none of the {vocabulary} tokens and was left out.")
+    return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocabulary))
+
+
+def _check_sizes(path: Path, config: Any, causal: bool, tensors: int) -> None:
+    """CheckpointError for sizes with which building the model would not end, or nothing could run."""
+    text = config.get_text_config()
+    layers, positions = getattr(text, "num_hidden_layers", None), getattr(text, "max_position_embeddings", None)
+    if isinstance(layers, int) and layers > max(MANY_LAYERS, tensors):
+        raise CheckpointError(f"{path} describes {layers} layers, but the files hold {tensors} tensors. Correct it.")
+    if causal and isinstance(positions, int) and positions < 2:
+        raise CheckpointError(f"{path} says max_position_embeddings = {positions}; at least 2 are needed. Correct it.")
 
 
 def _config(folder: Path, raw: Mapping[str, Any]) -> tuple[Any, str]:
     import transformers
 
-    architectures = raw.get("architectures") or []
-    if not architectures:
-        raise CheckpointError(f"{folder / 'config.json'} has no 'architectures' entry, which names the model class. Add it.")
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise CheckpointError(f"{folder / 'config.json'} has no 'architectures' entry, a list that names the model class. Add it.")
     architecture = str(architectures[0])
     known = getattr(transformers, architecture, None)
     if known is None or not hasattr(known, "config_class"):

@@ -112,7 +112,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         header = json.loads(text)
         entries = {n: _entry(n, path, e, 8 + length) for n, e in header.items() if n != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"The header of {path} is damaged ({error}): copy or download the file again.") from None
     end = max((e.offset + e.bytes for e in entries.values()), default=0)
     if end > size:
@@ -160,7 +160,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
 def _read_shards(folder: Path, index: Path) -> dict[str, Entry]:
     try:
         places = {str(n): str(f) for n, f in json.loads(index.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} cannot be read as a safetensors index ({error}): copy or download it again.") from None
     shards = {}
     for file in sorted(set(places.values())):

@@ -58,7 +58,10 @@ class Calibration:
         from tokenizers import Tokenizer
 
         text = library_text(MODULES) if self.text is None else self.text
-        return np.array(Tokenizer.from_file(str(tokenizer)).encode(text).ids[:count], np.int64)
+        ids = np.array(Tokenizer.from_file(str(tokenizer)).encode(text).ids[:count], np.int64)
+        if len(ids) and ids.max() >= vocab:
+            raise StemmaError(f"{tokenizer} gives the token {ids.max()}, but the model has {vocab} tokens: it is another model's.")
+        return ids
 
     def _measurable(self, ids: Array) -> Array:
         if len(ids) < 2:

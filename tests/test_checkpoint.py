@@ -6,7 +6,9 @@ import json
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from stemma.calibration import Calibration
 from stemma.frontend.hf import Checkpoint, load_checkpoint, trace_checkpoint
 from stemma.frontend.safetensors import INDEX, read_header
-from stemma.ir import CheckpointError, Module, UnsupportedError, WeightStore, interpret
+from stemma.ir import CheckpointError, Module, StemmaError, UnsupportedError, WeightStore, interpret
 from tests.helpers import roundtrip
 from tests.models import ARCHITECTURES, CAUSAL, END, START, VOCABULARY, make_checkpoint
 
@@ -215,6 +218,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({k: v for k, v in {**config, **changes}.items() if v is not ...}))
 
 
+def edit_generation(folder: Path, **changes: Any) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+
+
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS)
     change(tensors)
@@ -261,6 +269,22 @@ BREAKAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "architecture is text": (lambda f: edit_config(f, architectures="LlamaForCausalLM"), "no 'architectures' entry, a list"),
+    "no place for an answer": (lambda f: edit_config(f, max_position_embeddings=1), "max_position_embeddings = 1; at least 2"),
+    "layers without end": (lambda f: edit_config(f, num_hidden_layers=10**9), "describes 1000000000 layers, but the files hold"),
+    "end token is text": (lambda f: edit_generation(f, eos_token_id=[2, "x"]), "eos_token_id = \\[2, 'x'\\], which is no token id"),
+    "end token of another model": (lambda f: edit_generation(f, eos_token_id=10**6), "names no end token of its vocabulary"),
+    "tokenizer is empty": (lambda f: (f / "tokenizer.json").write_text(""), "tokenizer.json cannot be read as a tokenizer"),
+    "tokenizer is another JSON": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot be read as a tokenizer"),
+    "tokenizer settings are a list": (lambda f: (f / "tokenizer_config.json").write_text("[]"), "holds no JSON object"),
+    "tokenizer settings are no JSON": (lambda f: (f / "tokenizer_config.json").write_text("{"), "cannot be read as JSON"),
+    "template is a number": (
+        lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": 3}'), "neither text nor a list of named texts",
+    ),
+    "header is deep": (lambda f: replace_header(f, b"[" * 100_000), "header of .* is damaged"),
+    "header names infinity": (
+        lambda f: replace_header(f, b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 1e999]}}'), "header of .* damaged",
+    ),
     "no architecture": (lambda f: edit_config(f, architectures=...), "no 'architectures' entry"),
     "unknown architecture": (lambda f: edit_config(f, architectures=["NoSuchForCausalLM"]), "'NoSuchForCausalLM'.* does not have"),
     "unknown model type": (lambda f: edit_config(f, model_type="no_such"), "no model that transformers knows"),
@@ -358,3 +382,26 @@ def test_models_with_other_inputs_say_what_to_do(tmp_path: Path) -> None:
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match="'input_values'.*torch_export.trace"):
         trace_checkpoint(tmp_path)
+
+
+@pytest.mark.quick
+def test_a_first_token_of_another_model_is_left_out(broken: Path) -> None:
+    edit_generation(broken, bos_token_id=10**6)
+    checkpoint = load_checkpoint(broken)
+    assert checkpoint.bos is None and "1000000 is none of the" in checkpoint.notes[0]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("positions, expected", [(10**12, 1 << 30), (None, 1 << 30), (128, 128)])
+def test_the_context_is_one_that_the_runtime_counts(broken: Path, positions: int | None, expected: int) -> None:
+    """Artifacts of models without a limit, or with a huge one, load."""
+    text = SimpleNamespace() if positions is None else SimpleNamespace(max_position_embeddings=positions)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    assert replace(load_checkpoint(broken), config=config).context == expected
+
+
+@pytest.mark.quick
+def test_a_tokenizer_of_another_model_is_found(broken: Path) -> None:
+    text = Calibration("def f(self): return self")
+    with pytest.raises(StemmaError, match="tokenizer.json gives the token .*, but the model has 5 tokens"):
+        text.documents(load_checkpoint(broken), 5, [])

@@ -165,6 +165,8 @@ def lower_object(
 
     `options` that the program fixes when it is traced (p.Fixed) are fixed here. TraceError and CompileError name the user's line.
     """
+    if not isinstance(program, (Program, TracedProgram)):
+        raise CompileError(f"{program!r} is no decoding program: give a function with the decorator @program, or a name.")
     models = [Served(**{**m, "eos": tuple(m["eos"])}) for m in manifest["models"]]
     if isinstance(program, Program):
         specs = {m.name: ModelSpec(m.vocab, m.width, m.eos, m.context) for m in models}

@@ -83,7 +83,10 @@ def csr_regex(pattern: str, words: Sequence[bytes], end: int | Sequence[int]) ->
 
 def csr_json(schema: str | Mapping[str, Any], words: Sequence[bytes], end: int | Sequence[int]) -> Automaton:
     """The automaton that admits the JSON texts of a JSON schema (text or dictionary), as `csr_regex`; InputError for a bad one."""
-    text = schema if isinstance(schema, str) else json.dumps(schema)
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The JSON schema is no JSON: {_sentence(error)}") from None
     try:
         pattern = _library().json_schema.build_regex_from_schema(text)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +55,25 @@ def export_c(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Ex
         try:
             target.mkdir(parents=True, exist_ok=True)
             for file, data in members:
-                (target / file).write_bytes(data)
-            with open(target / "weights.bin", "wb") as out:
-                for start in range(0, artifact.weights.size, _CHUNK):
-                    out.write(artifact.weights[start : start + _CHUNK].data)
+                _write(target / file, [data])
+            starts = range(0, artifact.weights.size, _CHUNK)
+            _write(target / "weights.bin", (artifact.weights[start : start + _CHUNK].data for start in starts))
         except OSError as error:
-            shutil.rmtree(target / "weights.bin", ignore_errors=True)
             raise InputError(f"The folder {target} cannot be written: {error.strerror}. Give another one.") from None
     return Exported(target, (*(file for file, _ in members), "weights.bin"), note)
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """A file that is either whole or absent, also after Ctrl-C."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as out:
+            for chunk in chunks:
+                out.write(chunk)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def pack_vocabulary(words: list[bytes]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -159,22 +160,23 @@ class Machines:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._idle: OrderedDict[Hashable, list[Machine]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def take(self, key: Hashable, blob: bytes) -> Machine:
         """A machine that nobody else uses; give it back."""
-        idle = self._idle.get(key)
-        try:
-            return idle.pop() if idle else Machine(self._device, blob)
-        except IndexError:  # another thread was quicker
-            return Machine(self._device, blob)
+        with self._lock:
+            if idle := self._idle.get(key):
+                return idle.pop()
+        return Machine(self._device, blob)
 
     def give(self, key: Hashable, machine: Machine) -> None:
         """Keep a machine for the next caller."""
-        self._idle.setdefault(key, []).append(machine)
-        self._idle.move_to_end(key)
-        while len(self._idle) > KEPT + 1:
-            oldest = next(k for k in self._idle if k != "")
-            self._idle.pop(oldest)
+        with self._lock:
+            self._idle.setdefault(key, []).append(machine)
+            self._idle.move_to_end(key)
+            while len(self._idle) > KEPT + 1:
+                oldest = next(k for k in self._idle if k != "")
+                self._idle.pop(oldest)
 
 
 def figures(totals: Array, before: Array, models: tuple[str, ...]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
@@ -255,7 +255,9 @@ class Model:
         if not self.manifest.eos:
             raise InputError(f"{self.manifest.name} has no end token to end a constrained answer with.")
         if choices is not None:
-            texts = [self.tokenizer.encode(c, False) if isinstance(c, str) else list(c) for c in choices]
+            if isinstance(choices, (str, bytes)) or not isinstance(choices, Iterable):
+                raise InputError(f"choices={choices!r} must be a list of texts or of token sequences.")
+            texts = [self.tokenizer.encode(c, False) if isinstance(c, str) else self._choice(c) for c in choices]
             arrays = csr_trie(texts, self.manifest.eos[0])
         else:
             words = token_bytes(json.loads(self.artifact.read("tokenizer.json")), self.vocab)
@@ -263,9 +265,19 @@ class Model:
                 raise StemmaRuntimeError(
                     f"The tokens of {self.manifest.name} are no pieces of bytes, as patterns and schemas need. Give choices."
                 )
-            made = csr_regex(regex, words, self.manifest.eos) if regex is not None else None
-            arrays = made or csr_json(json_schema or {}, words, self.manifest.eos)
+            if json_schema is not None:
+                arrays = csr_json(json_schema, words, self.manifest.eos)
+            elif isinstance(regex, str):
+                arrays = csr_regex(regex, words, self.manifest.eos)
+            else:
+                raise InputError(f"regex={regex!r} must be text.")
         return dict(zip(("indptr", "tokens", "targets"), arrays, strict=True))
+
+    def _choice(self, ids: Any) -> list[int]:
+        """The checked token ids of one of several answers."""
+        if not isinstance(ids, (Sequence, np.ndarray)) or isinstance(ids, bytes):
+            raise InputError(f"A choice is text or token ids, not {type(ids).__name__}.")
+        return [check_integer("a token id", token, 0, self.vocab - 1) for token in ids]
 
     def run(
         self,
@@ -388,7 +400,7 @@ class Model:
         return requests, single, decode(self._machines, job, requests, self.last_statistics, batch, self.step.context)
 
     def _prompts(self, prompt: Prompt | Sequence[Prompt], special: bool) -> tuple[list[list[int]], bool]:
-        if isinstance(prompt, str):
+        if isinstance(prompt, (str, bytes, bytearray)):
             return [self._ids(prompt, special)], True
         try:
             items: list[Any] = list(prompt)
@@ -404,6 +416,8 @@ class Model:
         """The checked token ids of one prompt."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, special)
+        elif isinstance(prompt, (bytes, bytearray)):
+            raise InputError(f"A prompt is text or token ids, not {type(prompt).__name__}. Decode it.")
         else:
             try:
                 ids = [check_integer("a token id", token, 0, 2**31 - 1) for token in prompt]

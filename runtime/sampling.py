@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> int:
     """`value` as an int in low..high. InputError otherwise."""
     try:
         number = int(value.__index__())  # type: ignore[attr-defined]
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise InputError(f"{name}={value!r} is not an integer.") from None
     if isinstance(value, bool) or not low <= number <= high:
         raise InputError(f"{name}={value!r} must be an integer from {low} to {high}.")
@@ -109,7 +109,9 @@ def check_integer(name: str, value: object, low: int, high: int) -> int:
 
 def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Stop strings as a tuple. InputError for anything but non-empty text."""
-    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if stop is None:
+        return ()
+    strings = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
     if not all(isinstance(s, str) and s for s in strings):
         raise InputError(f"stop={stop!r} must be a non-empty string or a list of them.")
     return strings
@@ -117,7 +119,8 @@ def check_stop(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _check(name: str, value: object, low: float, high: float, open_below: bool = False) -> None:
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not (low < value if open_below else low <= value) or not value <= high or value == math.inf:  # type: ignore[operator]
+    largest = min(high, float(np.finfo(np.float64).max))
+    if not number or not (low < value if open_below else low <= value) or not value <= largest:  # type: ignore[operator]
         bounds = [f"more than {low:g}" if open_below else f"at least {low:g}"] if low > -math.inf else []
         bounds += [f"at most {high:g}"] if high < math.inf else []
         raise InputError(f"{name}={value!r} must be a number" + (f", {' and '.join(bounds)}." if bounds else "."))

@@ -68,7 +68,6 @@ class Tokenizer:
         if self._chat is None:
             raise InputError(f"The tokenizer of {self._source} has no chat template. Write the prompt as plain text.")
         try:
-            import jinja2
             from jinja2.ext import loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
@@ -81,8 +80,8 @@ class Tokenizer:
             return environment.from_string(self._chat).render(
                 **{"messages": messages, "add_generation_prompt": True, **tokens, **variables}
             )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise InputError(f"The chat template of {self._source} rejects these messages: {error}.") from None
+        except Exception as error:  # whatever the template's expressions raise
+            raise InputError(f"The chat template of {self._source} rejects these messages: {str(error).rstrip('.')}.") from None
 
     def _template_of_config(self) -> str | None:
         template = self.config.get("chat_template")
@@ -157,7 +156,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _content(token: Any) -> Any:
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:

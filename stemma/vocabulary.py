@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from stemma.ir import Array, CheckpointError
+from stemma.runtime.export import LETTERS
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens of single bytes
 Token = tuple[bool, bytes]  # whether it is a special token, and what it stands for
@@ -41,21 +42,11 @@ def _kinds(part: Any) -> set[str]:
 def _bytes_of(token: str, byte_level: bool) -> bytes:
     if byte_level:
         try:
-            return bytes(_LETTERS[c] for c in token)
+            return bytes(LETTERS[c] for c in token)
         except KeyError:
             return token.encode()
     single = _BYTE.fullmatch(token)
     return bytes([int(single[1], 16)]) if single else token.replace("\u2581", " ").encode()
-
-
-def _letters() -> dict[str, int]:
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, others come from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (b for b in range(256) if b not in printable)
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_LETTERS = _letters()
 
 
 def translation(source: dict[int, Token], target: dict[int, Token], size: int) -> Array:

@@ -80,3 +80,20 @@ def test_wrong_constraints_are_explained(model: stemma.Model) -> None:
     with pytest.raises((InputError, StemmaRuntimeError), match="admits no token"):
         model.generate("x", program="constrained", **nothing)
     assert model.generate("def ", max_new_tokens=4, program="generate")  # usable afterwards
+
+
+@pytest.mark.parametrize(
+    "constraint, message",
+    [
+        ({"choices": "yes"}, "choices='yes' must be a list"),
+        ({"choices": 3}, "choices=3 must be a list"),
+        ({"choices": ["yes", 3]}, "A choice is text or token ids, not int"),
+        ({"choices": [[10**6]]}, "a token id=1000000 must be an integer from 0 to"),
+        ({"regex": 3}, "regex=3 must be text"),
+        ({"json_schema": {"const": object()}}, "is no JSON: Object of type object"),
+        ({"json_schema": ""}, "The JSON schema '' cannot be used"),
+    ],
+)
+def test_constraints_that_are_none(model: stemma.Model, constraint: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.constraint(**constraint)

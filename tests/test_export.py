@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers import decoders, models, normalizers
 import stemma
 from stemma.backends.cpu.toolchain import find_compiler
 from stemma.runtime import ArtifactError, InputError
-from stemma.runtime.export import byte_letters, export_c, pack_vocabulary, token_bytes
+from stemma.runtime.export import _write, byte_letters, export_c, pack_vocabulary, token_bytes
 from tests import fake
 from tests.commands import as_json, refused, succeeded
 
@@ -135,6 +136,22 @@ def test_damaged_files(folder: Path, tmp_path: Path, file: str) -> None:
     assert bool(model) == (file == "vocabulary.bin")
     if model:
         c.stemma_free(model)
+
+
+def test_files_are_whole_or_absent(tmp_path: Path) -> None:
+    """Also after Ctrl-C, and where an older file is."""
+
+    def interrupted() -> Iterator[bytes]:
+        yield b"the first half"
+        raise KeyboardInterrupt
+
+    (tmp_path / "old.bin").write_bytes(b"old")
+    for name in ("new.bin", "old.bin"):
+        with pytest.raises(KeyboardInterrupt):
+            _write(tmp_path / name, interrupted())
+    assert [p.name for p in tmp_path.iterdir()] == ["old.bin"] and (tmp_path / "old.bin").read_bytes() == b"old"
+    _write(tmp_path / "new.bin", [b"all", b" of it"])
+    assert (tmp_path / "new.bin").read_bytes() == b"all of it"
 
 
 def test_the_command(path: Path, tmp_path: Path) -> None:

@@ -174,6 +174,9 @@ def test_chat_templates(model: Model) -> None:
     model.tokenizer._chat = "{{ bos_token.__class__.__mro__ }}"
     with pytest.raises(InputError, match="unsafe"):
         model.tokenizer.chat(messages)
+    model.tokenizer._chat = "{{ 1 // 0 }}"
+    with pytest.raises(InputError, match="rejects these messages: integer division or modulo by zero"):
+        model.tokenizer.chat(messages)
     model.tokenizer._chat = None
     with pytest.raises(InputError, match="has no chat template"):
         model.tokenizer.chat(messages)
@@ -193,6 +196,9 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"stop": [""]}, "non-empty string"),
     ({"sequence": [1, 2]}, "2 numbers for 1 prompts"),
     ({"heat": 1}, "no option heat. The program 'generate' has: max_new_tokens, temperature, top_k"),
+    ({"temperature": 10**400}, "must be a number, at least 0"),
+    ({"max_new_tokens": np.array([3])}, "is not an integer"),
+    ({"stop": 5}, "stop=5 must be a non-empty string"),
     ({"ignore_eos": 1}, "ignore_eos=1 must be True or False"),
     ({"presence_penalty": float("nan")}, "presence_penalty=nan must be a number"),
     ({"program": "beam"}, "fake has no program 'beam'; its programs: generate"),
@@ -220,6 +226,8 @@ def test_bad_options(model: Model, options: dict[str, Any], message: str) -> Non
         ([3, 1.5], "not float|is text or token ids"),
         (np.array([0.5, 1.0]), "must be integers"),
         (7, "A prompt is text or token ids"),
+        (b"text", "not bytes. Decode it"),
+        ([b"text"], "not bytes. Decode it"),
         ([["a"]], "is not an integer"),
     ],
 )

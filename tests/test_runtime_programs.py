@@ -300,6 +300,9 @@ def test_wrong_options_and_programs(model: Model) -> None:
     for call, message in calls:
         with pytest.raises(InputError, match=message):
             call()
+    for wrong in (3, None, len, lambda model, prompt: None):
+        with pytest.raises(CompileError, match="is no decoding program: give a function with the decorator @program"):
+            model.run(wrong, [3])
 
     @p.program
     def wide(model: p.Model, prompt: p.Tokens) -> Any:

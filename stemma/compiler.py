@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,11 @@ class Budget:
     max_kl: float | None = None
     max_perplexity: float | None = None
     min_top1: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, bound in vars(self).items():
+            if bound is not None and not bound >= 0:
+                raise BudgetError(f"{name}={bound} is no bound: give a number of at least 0.")
 
     def check(self, loss: Loss, what: str) -> None:
         """BudgetError when `loss` is outside."""
@@ -121,6 +127,8 @@ def compile(
     check_output(output)
     target_backend(targets)  # what can be wrong with the options is said before any work
     added = [make_pass(p) if isinstance(p, str) else p for p in passes]
+    for step in added:
+        step.validate()
     others = further_models(models)
     for name in (preset, *(s.preset or preset for s in others)):
         pipeline(name, added, causal=True, rows=rows)
@@ -136,25 +144,32 @@ def compile(
         checkpoint, [(s, load_checkpoint(s.folder)) for s in others], wanted, added, needs, preset, rows,
         Calibration(text, calibration_tokens), verify_each, Path(dump) if dump else None, workspace, report,
     )  # fmt: skip
+    made = output
     try:
         module, weights = work.models(start_after, budget.check)
         module = work.programs(module, weights)
-        built = build(
-            module, weights, output, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
+        if "lossy" in work.labels.values():  # what is measured on the artifact belongs into it: until then it has another name
+            made = output.with_name(f".{output.name}.{os.getpid()}.unmeasured")
+        build(
+            module, weights, made, targets=targets, variants=variants, extra_files={f.name: f for f in checkpoint.files},
             manifest_extra=work.manifest(module), progress=report,
         )  # fmt: skip
-        if "lossy" in work.labels.values():
+        if made != output:
             report("measuring programs", 0, 1)
             found = measure_programs(
-                output, Calibration(text, DOCUMENT_TOKENS * PROMPTS).documents(checkpoint, int(module.properties["vocab"]), [])
+                made, Calibration(text, DOCUMENT_TOKENS * PROMPTS).documents(checkpoint, int(module.properties["vocab"]), [])
             )
-            amend(output, lambda manifest: [manifest["programs"][name].update(loss=loss) for name, loss in found.items()])
+            amend(made, lambda manifest: [manifest["programs"][name].update(loss=loss) for name, loss in found.items()])
+            os.replace(made, output)
             work.notes += [f"{name}: {program_quality(loss)}" for name, loss in found.items()]
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(workspace)) from None
+    finally:
+        if made != output:
+            made.unlink(missing_ok=True)
     shutil.rmtree(workspace, ignore_errors=True)
     seconds = time.perf_counter() - started
-    return Report(output, built.bytes, seconds, tuple(work.records), work.loss, tuple(work.notes))
+    return Report(output, output.stat().st_size, seconds, tuple(work.records), work.loss, tuple(work.notes))
 
 
 def _kept(workspace: Path) -> str:

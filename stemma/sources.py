@@ -102,7 +102,8 @@ def head_weights(kind: str, folder: str, checkpoint: Path) -> Path:
         places = [checkpoint / f"{kind}.safetensors", checkpoint.resolve().parent / "heads" / f"{kind}.safetensors"]
     found = next((p for p in places if p.is_file()), None)
     if found is None:
-        raise StemmaError(f"There are no {kind} heads: {' and '.join(map(str, places))} do not exist. Name their folder.")
+        exist = "does not exist" if len(places) == 1 else "do not exist"
+        raise StemmaError(f"There are no {kind} heads: {' and '.join(map(str, places))} {exist}. Name their folder.")
     return found
 
 

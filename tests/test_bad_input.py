@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from stemma.runtime import DeviceError
 from tests import fake
-from tests.commands import listing, paragraph, refused, succeeded
+from tests.commands import as_json, listing, paragraph, refused, succeeded
 from tests.conftest import Artifacts
 from tests.test_artifact import BAD, flip
 from tests.test_checkpoint import BREAKAGES
@@ -103,6 +104,9 @@ def test_an_empty_prompt_without_a_first_token(folder: Path, tmp_path: Path) -> 
     [
         (("--preset", "tiny"), "no preset 'tiny'. Choose one of exact, balanced, small"),
         (("--pass", "quantise"), "no pass 'quantise'. Did you mean quantize"),
+        (("--pass", "quantize{bits=4}", "--max-kl", "nan"), "max_kl=nan is no bound"),
+        (("--pass", "quantize{bits=4}", "--max-perplexity", "-1"), "max_perplexity=-1.0 is no bound"),
+        (("--pass", "compress{budget=1.2.3bits}"), "is none of 4.5bits, 300MB, 50tok/s, kl=0.02"),
         (("--pass", "quantize{bit=4}"), "no option 'bit'. Its options: bits=4, group=None, symmetric=True"),
         (("--pass", "quantize{bits=many}"), "'bits' of the pass 'quantize' takes a value of the type int"),
         (("--pass", "quantize{bits=4"), "does not close them"),
@@ -201,6 +205,34 @@ def test_an_interrupt(artifacts: Artifacts, output: Path, tmp_path: Path, stage:
     assert [p.name for p in cache.glob("*") if p.suffix not in (".o", ".so")] == []
 
 
+def test_options_are_refused_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    """What fits no model is said at once, not after minutes of tracing."""
+    for option, words in (
+        ("quantize{bits=5}", "bits=5"),
+        ("gqsa{group=7}", "groups of 16"),
+        ("compress{budget=5}", "none of 4.5bits"),
+    ):
+        matches(words, refused("compile", "absent", "-o", tmp_path / "m.stemma", "--pass", option))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DeviceError])
+def test_an_artifact_appears_when_it_is_measured(
+    artifacts: Artifacts, output: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Programs that are lossy are measured on the artifact, which has its name only afterwards."""
+    seen = []
+
+    def fails(path: Path, documents: object) -> None:
+        seen.append(path.name)
+        raise error("Stop.")
+
+    monkeypatch.setattr("stemma.program_loss.measure_programs", fails)
+    lossy = "speculate{draft=recycling,verify=typical,shape=fixed}"
+    arguments = ("compile", artifacts.checkpoint("llama"), "-o", output, "--variants", "native", "--pass", lossy)
+    matches("Stop|Interrupted", refused(*arguments, code=130 if error is KeyboardInterrupt else 1))
+    assert len(seen) == 1 and seen[0] != output.name
+
+
 # Artifacts: every command that takes one
 
 
@@ -247,6 +279,11 @@ def test_a_zip_of_another_compression_is_refused(model: Path, tmp_path: Path) ->
         (("-p", "x", "--stop", ""), "non-empty string"),
         (("-p", "x", "--variant", "sse9"), "has no kernel variant 'sse9'"),
         (("-p", "x", "--threads", 5000), "threads=5000"),
+        (("-p", "x", "--option", "prompt=y"), "'generate' has no option 'prompt'; it has: max_new_tokens"),
+        (("-p", "x", "--option", "stop=y"), "no option 'stop'"),
+        (("-p", "x", "--option", "add_special_tokens=no"), "no option 'add_special_tokens'"),
+        (("-p", "x", "--option", "presence_penalt=1"), "Did you mean presence_penalty"),
+        (("-p", "x", "--option", "a=1", "--program", "absent"), "has no program 'absent'"),
         (("-p", "x", "--chat"), "has no chat template"),
         (("-p", "caf\udce9"), "not valid Unicode text"),
     ],
@@ -268,6 +305,25 @@ def test_models_that_generate_nothing(artifacts: Artifacts) -> None:
     other = artifacts.compiled(artifacts.checkpoint("bert"))
     matches("not a causal language model", refused("run", other, "-p", "x"))
     matches("not a causal language model", refused("bench", other))
+
+
+def test_warnings_are_one_line(model: Path) -> None:
+    """Without the place in Python that raised them."""
+    from tests.commands import run
+
+    result = run("run", model, "-p", "x", "--max-new-tokens", 10_000, "--option", "ignore_eos=true")
+    assert result.exit_code == 0
+    matches("^warning: The answer to 1 of 1 prompts was cut: .*128 tokens\\.\n$", result.stderr)
+
+
+def test_bench_measures_no_more_than_fits(model: Path) -> None:
+    found = as_json("bench", model, "--rounds", 1, "--new-tokens", 10_000, "--prompt-tokens", 10_000, "--threads", 1)
+    assert (found["prompt_tokens"], found["new_tokens"]) == (1, 127)
+    matches("has no program 'absent'; its programs: generate", refused("bench", model, "--program", "absent"))
+
+
+def test_inspect_shows_one_thing(model: Path) -> None:
+    matches("one thing at a time, not --ir and --plan", refused("inspect", model, "--ir", "--plan"))
 
 
 def test_errors_as_json(tmp_path: Path) -> None:

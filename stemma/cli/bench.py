@@ -40,8 +40,12 @@ def bench_command(
     loaded = stemma.load(model, threads=threads, variant=variant, huge_pages=huge_pages)
     if loaded.kind != "causal_lm":
         raise stemma.StemmaRuntimeError(f"{model} is not a causal language model: there are no tokens per second to measure.")
-    plain = loaded.programs["generate"].plain if "generate" in loaded.programs else None
-    base = plain or "generate"
+    for name in dict.fromkeys(("generate", program)):
+        if name not in loaded.programs:
+            known = ", ".join(loaded.programs)
+            raise stemma.StemmaRuntimeError(f"{loaded.manifest.name} has no program {name!r}; its programs: {known}.")
+    base = loaded.programs["generate"].plain or "generate"
+    new_tokens = min(new_tokens, loaded.context - 1)
     prompt_tokens = max(1, min(prompt_tokens, loaded.context - new_tokens))
     prompt = [i % loaded.vocab for i in range(1, prompt_tokens + 1)]
     bandwidths, prefill, decode, between = [], [], [], []
@@ -88,11 +92,7 @@ def _speculation(
     loaded: Model, name: str, temperature: float, new_tokens: int, rounds: int, update: Callable[[str, int, int], None]
 ) -> dict[str, Any] | None:
     """The program with and without speculation on the same prompts, in turns; None when it is not speculated."""
-    from stemma.runtime import InputError
-
-    spec = loaded.programs.get(name)
-    if spec is None:
-        raise InputError(f"{loaded.manifest.name} has no program {name!r}; its programs: {', '.join(loaded.programs)}.")
+    spec = loaded.programs[name]
     if spec.plain is None:
         return None
     prompts = _excerpts(loaded, min(PROMPT_TOKENS, max(1, loaded.context - new_tokens)))

@@ -26,8 +26,11 @@ def inspect_command(
     as_json: Annotated[bool, json_option()] = False,
 ) -> None:
     """Show what an artifact holds: sizes, passes with labels and measured losses, IR, launches, roofline."""
-    from stemma.runtime import Artifact
+    from stemma.runtime import Artifact, InputError
 
+    asked = {"--ir": ir, "--plan": plan, "--weights": weights, "--roofline": roofline, "--html": html is not None}
+    if sum(asked.values()) > 1:
+        raise InputError(f"Ask for one thing at a time, not {' and '.join(name for name, wanted in asked.items() if wanted)}.")
     with Artifact(model) as artifact:
         manifest: dict[str, Any] = dict(artifact.manifest.raw)
         text = artifact.read("ir.txt").decode()
@@ -50,8 +53,9 @@ def _write_page(html: Path, manifest: dict[str, Any], model: Path) -> None:
     from stemma.cli.page import page
     from stemma.ir import StemmaError
 
+    text = page(manifest, model.stat().st_size)
     try:
-        html.write_text(page(manifest, model.stat().st_size), encoding="utf-8")
+        html.write_text(text, encoding="utf-8")
     except OSError as error:
         raise StemmaError(f"The page {html} cannot be written: {error.strerror}.") from None
 

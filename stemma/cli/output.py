@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec
@@ -42,7 +43,9 @@ def handled(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             _fail(f"Interrupted. {str(interrupt) or 'Nothing was left half-written.'}", INTERRUPTED)
         except BrokenPipeError:
@@ -59,6 +62,11 @@ def handled(function: Callable[P, None]) -> Callable[P, None]:
 def _is_ours(error: Exception) -> bool:
     """Errors of the compiler or of the runtime, without importing either for a command that does not use it."""
     return any(base.__name__ in ("StemmaError", "StemmaRuntimeError") for base in type(error).__mro__)
+
+
+def _warn(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning as one line: where in Python it was raised means nothing to who typed a command."""
+    errors.print(f"warning: {message}", markup=False)
 
 
 def _fail(message: str, code: int) -> None:

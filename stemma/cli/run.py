@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,9 +108,16 @@ def parse_options(model: Model, program: str, given: Sequence[str]) -> dict[str,
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise StemmaRuntimeError(f"An option is written name=value, not {item!r}.")
-        parameter = spec.option(name) if spec is not None else None
-        if parameter is None or parameter.shape:
-            found[name] = value  # the runtime says what it is not, or makes tokens of it
+        if spec is None:
+            return {}  # the runtime says that there is no such program
+        parameter = spec.option(name)
+        if parameter is None:
+            known = [p.name for p in spec.options]
+            close = get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise StemmaRuntimeError(f"The program {program!r} has no option {name!r}; it has: {', '.join(known) or 'none'}.{hint}")
+        if parameter.shape:
+            found[name] = value  # the runtime makes tokens of it
             continue
         words = {"true": True, "false": False}
         try:

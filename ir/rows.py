@@ -13,6 +13,9 @@ from stemma.ir.node import Node
 from stemma.ir.types import widen_bf16
 from stemma.ir.weights import WeightStore
 
+NEAR = 8  # rows with fewer between them are read in one piece
+TAKEN = 1 << 22  # elements of such a piece
+
 
 class Rows:
     """Values of a constant expression, by rows (steps of the first axis). Parts that need all rows are evaluated once."""
@@ -121,9 +124,16 @@ class LazyRows:
     def take(self, ids: Array) -> Array:
         """The rows of integer ids, as floats, in the shape of ids and the row."""
         unique, places = np.unique(ids, return_inverse=True)
-        rows = [self[i : i + 1] for i in map(int, unique)]
-        found = np.concatenate([r.dequantize() if isinstance(r, Quantized) else r for r in rows])
+        most = max(1, TAKEN // int(np.prod(self.shape[1:], dtype=np.int64)))
+        cuts = np.flatnonzero((np.diff(unique) > NEAR) | (np.diff(unique // most) > 0)) + 1
+        found = np.concatenate([self._some(part) for part in np.split(unique, cuts)])
         return np.asarray(found[places.reshape(ids.shape)])
+
+    def _some(self, ids: Array) -> Array:
+        """Rows of ascending ids as floats, read together with those between them."""
+        first = int(ids[0])
+        rows = self[first : int(ids[-1]) + 1]
+        return np.asarray((rows.dequantize() if isinstance(rows, Quantized) else rows)[ids - first])
 
 
 def _finite(node: Node, value: Any) -> Any:

@@ -52,7 +52,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """The transformed module and one record per pass that ran."""
+    """The transformed module and one record per pass that ran, or whose lossy result was read from a dump."""
 
     module: Module
     records: tuple[PassRecord, ...]
@@ -73,7 +73,7 @@ def run_pipeline(
 
     dump: a folder that receives 00_frontend.txt, 01_<pass>.txt, ...; each file can be read back.
     start_after: the name of a pass, or of a dump file such as "03_raise_norm.txt" in `dump`: the passes up to and including it are
-        skipped, and when a file is named, the module is read from it.
+        skipped, and when a file is named, the module is read from it. The lossy ones of these are recorded and measured as well.
     verify_each: argument sets by function name, or True to make them up: results before and after every pass are compared with
         the interpreter in float64. A pass labelled identical that changes one by more than 1e-9 is an error; others only record it.
     measure: called with every lossy pass and the module it made; returns the loss to record, or raises when it is too large.
@@ -83,11 +83,14 @@ def run_pipeline(
     """
     context = context or PassContext()
     first = 0
+    records = []
     if start_after is not None:
+        given = module
         first, module = _resume(module, passes, start_after, dump)
+        if module is not given:
+            records = _skipped(passes[:first], module, start_after, context, measure)
     elif dump is not None:
         _write(dump, 0, "frontend", module, "by frontend")
-    records = []
     _verified(module, "the module given to the pipeline")
     for number, step in enumerate(passes[first:], first + 1):
         if progress is not None:
@@ -143,6 +146,24 @@ def _resume(module: Module, passes: Sequence[Pass], start_after: str, dump: Path
     if names.count(start_after) != 1:
         raise PassError(f"The pipeline has {names.count(start_after)} passes called {start_after!r}; it has {', '.join(names)}.")
     return names.index(start_after) + 1, module
+
+
+def _skipped(
+    passes: Sequence[Pass], module: Module, start_after: str, context: PassContext,
+    measure: Callable[[Pass, Module], Mapping[str, float]] | None,
+) -> list[PassRecord]:  # fmt: skip
+    """Records of the lossy passes whose result was read from a dump; PassError when that needs weights which only they can make."""
+    if missing := [name for name in module.weights() if name not in context.weights]:
+        makers = sorted({name.rpartition(":")[2] for name in missing if ":" in name} & {p.name for p in passes})
+        raise PassError(
+            f"{start_after!r} reads the weight {missing[0]!r}, which the checkpoint does not have."
+            f" Start before the pass that makes it{' (' + ', '.join(makers) + ')' if makers else ''}."
+        )
+    nodes, lossy = sum(len(f.nodes) for f in module), [p for p in passes if p.label == "lossy"]
+    return [
+        PassRecord(p.name, p.options(), p.label, 0.0, True, nodes, loss=measure(p, module) if measure and p is lossy[-1] else None)
+        for p in lossy
+    ]
 
 
 def read_dump(path: Path) -> Module:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 
-from stemma.ir import Module, Node, PassError, ops, print_module
+from stemma.ir import Module, Node, PassError, Tensor, ops, print_module
 from stemma.passes.base import Label, Pass, PassContext
 from stemma.passes.manager import read_dump, run_pipeline
 from stemma.passes.rewrite import Rule, RulePass, rule
@@ -83,11 +83,20 @@ def test_dumps_are_headed_and_re_enter(tmp_path: Path) -> None:
     assert "(by clean, " in (tmp_path / "01_clean.txt").read_text().splitlines()[0]
     assert read_dump(tmp_path / "00_frontend.txt") is START
     assert read_dump(tmp_path / "03_lossy_shift.txt") is whole
-    resumed = run_pipeline(START, passes, dump=tmp_path, start_after="02_lossy_shift.txt")
-    assert resumed.module is whole and [r.name for r in resumed.records] == ["lossy_shift"]
+    resumed = run_pipeline(START, passes, dump=tmp_path, start_after="02_lossy_shift.txt", measure=lambda _, m: {"nodes": 1})
+    assert resumed.module is whole
+    # What was skipped has changed the results all the same, and is recorded.
+    assert [(r.name, r.label, r.loss) for r in resumed.records] == [("lossy_shift", "lossy", {"nodes": 1})] * 2
     cleaned = read_dump(tmp_path / "01_clean.txt")
     assert run_pipeline(cleaned, passes, start_after="clean").module is whole
     assert print_module(whole) == print_module(resumed.module)
+
+
+def test_a_state_that_reads_weights_which_a_pass_made_is_no_place_to_start(tmp_path: Path) -> None:
+    table = ops.weight(name="table:clean", type=Tensor("f32", (4,)))
+    (tmp_path / "01_clean.txt").write_text(print_module(module(y=X + table)))
+    with pytest.raises(PassError, match="reads the weight 'table:clean', which the checkpoint does not have.* makes it .clean."):
+        run_pipeline(START, (Clean(), LossyShift()), dump=tmp_path, start_after="01_clean.txt")
 
 
 @pytest.mark.parametrize("where", ["03_clean.txt", "lossy_shift", "nothing"])

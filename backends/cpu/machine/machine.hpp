@@ -90,10 +90,12 @@ struct Machine {
     if (instance.depth == MAX_DEPTH) fail("the program is damaged: its blocks contain each other");
     if (instance.depth == instance.frames.size()) instance.frames.push_back(std::make_unique<Frame>());
     Frame& frame = *instance.frames[instance.depth++];
-    frame.block = &block;
     frame.next = 0;
-    frame.registers.clear();
-    frame.registers.resize((size_t)block.registers);
+    if (frame.block != &block) {  // else its registers were emptied when it was left
+      frame.block = &block;
+      frame.registers.clear();
+      frame.registers.resize((size_t)block.registers);
+    }
     for (const auto& [r, value] : block.constants) frame.registers[(size_t)r] = value;
     return frame;
   }

@@ -12,7 +12,7 @@ from typing import Any
 from stemma.backends.base import Backend, Kernel
 from stemma.codegen import lower
 from stemma.codegen.schedule import Buffer, Launch, Schedule
-from stemma.ir import Dim, SizeLike, dtype, size
+from stemma.ir import Dim, SizeLike, dtype
 
 C_TYPES = {
     "f64": "double", "f32": "float", "f16": "f16", "bf16": "bf16", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t",
@@ -142,15 +142,8 @@ def _row(buffer: Buffer) -> dict[str, Any]:
     return {"row_bytes": kind.stored_bytes(buffer.tensor.shape[-1])} if kind.kind == "quantized" else {}
 
 
-def memory_table(schedule: Schedule, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Where every temporary lies for the given sizes, and the bytes of the arena, for `inspect --plan`."""
-    _, total = schedule.plan.offsets(sizes)
-    need = sum(size.evaluate(v.bytes, sizes) for v in schedule.plan.lifetimes)
-    return {"arena_bytes": total, "without_reuse": need, "values": schedule.plan.report(sizes)}
-
-
 def _plain(value: SizeLike) -> int | str:
     return value if isinstance(value, int) else str(value)
 
 
-__all__ = ["C_TYPES", "Emitted", "c_size", "emit", "function_table", "launch_table", "memory_table"]
+__all__ = ["C_TYPES", "Emitted", "c_size", "emit", "function_table", "launch_table"]

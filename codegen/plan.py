@@ -42,15 +42,6 @@ class Plan:
             total += -(-size.evaluate(slot, sizes) // ALIGNMENT) * ALIGNMENT
         return offsets, total
 
-    def report(self, sizes: Mapping[str, int]) -> list[dict[str, object]]:
-        """One row per value: name, bytes, slot, offset, first and last stage, for `inspect --plan`."""
-        offsets, _ = self.offsets(sizes)
-        return [
-            {"name": v.name, "bytes": size.evaluate(v.bytes, sizes), "slot": self.slot_of[v.name],
-             "offset": offsets[self.slot_of[v.name]], "first": v.first, "last": v.last}
-            for v in self.lifetimes
-        ]  # fmt: skip
-
 
 def plan(lifetimes: Sequence[Lifetime]) -> Plan:
     """Assign each value a slot that no other value uses in any of its stages."""

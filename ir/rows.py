@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class LazyRows:
     def take(self, ids: Array) -> Array:
         """The rows of integer ids, as floats, in the shape of ids and the row."""
         unique, places = np.unique(ids, return_inverse=True)
-        most = max(1, TAKEN // int(np.prod(self.shape[1:], dtype=np.int64)))
+        most = max(1, TAKEN // prod(int(str(n)) for n in self.shape[1:]))
         cuts = np.flatnonzero((np.diff(unique) > NEAR) | (np.diff(unique // most) > 0)) + 1
         found = np.concatenate([self._some(part) for part in np.split(unique, cuts)])
         return np.asarray(found[places.reshape(ids.shape)])

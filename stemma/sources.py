@@ -71,7 +71,7 @@ def needs_of(passes: Sequence[Pass], names: Sequence[str]) -> Needs:
             if name not in names:
                 have = f"given: {', '.join(names)}" if names else "none was given"
                 raise StemmaError(f"The pass {owner!r} needs a model called {name!r}; {have}. Add --model {name}=FOLDER.")
-    made = tuple(dict.fromkeys(m for _, needs in all_needs for m in needs.made))
+    made = tuple(dict.fromkeys(m for _, needs in all_needs for m in needs.made if m not in passes))  # those given make theirs
     further = [p.makes() for p in (*made, *passes) if p.makes()]
     for name in further:
         _check_name(name)

@@ -19,6 +19,8 @@ from stemma import claims
 from stemma.compiler import compile
 from stemma.ir import Array, Module, StemmaError
 from stemma.passes.base import Label, ModelInfo, Needs, Pass, PassContext, Stage
+from stemma.passes.registry import make_pass
+from stemma.sources import needs_of
 from tests.commands import as_json, listing, refused, succeeded
 from tests.conftest import Artifacts
 from tests.models import END, VOCABULARY
@@ -489,3 +491,16 @@ def test_models_without_programs(artifacts: Artifacts, tmp_path: Path) -> None:
 )
 def test_options_of_run(pair: Path, arguments: tuple[Any, ...], words: str) -> None:
     assert words in refused("run", pair, "-p", "x", *arguments)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "drafter, made", [("sparse", "contextual_sparsity{model=sparse}"), ("early_exit", "early_exit{model=early}")]
+)
+def test_a_model_that_a_drafter_makes_may_be_asked_for_as_well(drafter: str, made: str) -> None:
+    speculate, own = make_pass(f"speculate{{draft={drafter}}}"), make_pass(made)
+    assert needs_of([speculate], []).made == (own,)
+    assert needs_of([speculate, own], []).made == ()
+    other = make_pass(made.replace("{", "{keep=0.5," if drafter == "sparse" else "{layers=2,"))
+    with pytest.raises(StemmaError, match=f"Two models are called '{own.makes()}'"):
+        needs_of([speculate, other], [])

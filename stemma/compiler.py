@@ -167,13 +167,20 @@ def compile(
     finally:
         if made != output:
             made.unlink(missing_ok=True)
+        if not _results(workspace):
+            shutil.rmtree(workspace, ignore_errors=True)
     shutil.rmtree(workspace, ignore_errors=True)
     seconds = time.perf_counter() - started
     return Report(output, output.stat().st_size, seconds, tuple(work.records), work.loss, tuple(work.notes))
 
 
+def _results(workspace: Path) -> bool:
+    """Whether a calibration has finished anything there."""
+    return any(workspace.rglob("*.json"))
+
+
 def _kept(workspace: Path) -> str:
     """What to tell who interrupts a compile."""
-    if not workspace.exists():
+    if not _results(workspace):
         return ""
     return f"What was calibrated so far is kept in {workspace}: the same command goes on from there."

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from stemma.ir import PassError
 from stemma.runtime import DeviceError
 from tests import fake
 from tests.commands import as_json, listing, paragraph, refused, succeeded
@@ -231,6 +232,20 @@ def test_an_artifact_appears_when_it_is_measured(
     arguments = ("compile", artifacts.checkpoint("llama"), "-o", output, "--variants", "native", "--pass", lossy)
     matches("Stop|Interrupted", refused(*arguments, code=130 if error is KeyboardInterrupt else 1))
     assert len(seen) == 1 and seen[0] != output.name
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PassError])
+def test_a_calibration_that_finished_nothing_leaves_nothing(
+    artifacts: Artifacts, output: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def stops(*_: object, **__: object) -> None:
+        assert (output.parent / f".{output.name}.calibration").is_dir()
+        raise error("Stop.")
+
+    monkeypatch.setattr("stemma.passes.calibrate.walk", stops)
+    arguments = ("compile", artifacts.checkpoint("llama"), "-o", output, "--pass", "gptq", "--calibration-tokens", 200)
+    message = refused(*arguments, code=130 if error is KeyboardInterrupt else 1)
+    assert "is kept in" not in message
 
 
 # Artifacts: every command that takes one

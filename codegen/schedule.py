@@ -360,7 +360,7 @@ def _title(body: Function) -> str:
 
 
 def _cost(body: Function) -> Cost:
-    """FLOPs of all operations; bytes of inputs and results, of gathered tables and updated caches only what is touched."""
+    """FLOPs of all operations; bytes of inputs and results, of tables, picked rows and updated caches only what is touched."""
     flops: SizeLike = 0
     total: SizeLike = 0
     for node in body.nodes:
@@ -374,6 +374,9 @@ def _cost(body: Function) -> Cost:
         elif node.op.name in ("embedding", "take"):
             table = node.inputs[0]
             touched[table] = Tensor(table.dtype, node.shape).bytes
+        elif node.op.name in ("linear_at", "linear_from"):
+            weight, at = node.inputs[1:]
+            touched[weight] = Tensor(weight.dtype, (size.minimum(at.tensor.elements, weight.shape[0]), weight.shape[1])).bytes
         elif node.op.name == "cached_attention":
             q, k, v, pages = node.inputs[:4]
             for cache in (k, v):

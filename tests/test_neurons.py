@@ -10,15 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kernel_harness import NAMES, Library, build, same_bits, source
+from stemma.backends import registry
 from stemma.backends.cpu.formats.plain import bf16_bits, bf16_values
 from stemma.backends.cpu.formats.rows import NAMES as WEIGHTS
 from stemma.backends.cpu.formats.rows import pack_rows, row_bytes
 from stemma.backends.cpu.render_templates import render
+from stemma.codegen.build import program
 from stemma.ir import Function, Module, PassError, Tensor, dim, interpret, ops, parse_module, print_module, quantize_array, verify
 from stemma.passes.base import PassContext
 from stemma.passes.contextual_sparsity import ContextualSparsity
 from stemma.passes.measure import Meter
 from stemma.passes.quantize import Quantize, RoundActivations
+from stemma.runtime.sizes import compile_size
 from tests.programs import tiny_lm
 from tests.test_quantize import store
 
@@ -83,7 +86,13 @@ def test_top_neurons_is_a_stable_selection(libraries: dict[str, Library], extent
 def test_products_with_some_rows(library: Library, name: str) -> None:
     """Within the bound of float64, and the same bits for any rows and threads."""
     rng = np.random.default_rng(5)
-    for neurons, width, count in ((200, 128, 70), (65, 384, 65), (40, 256, 1)):
+    shapes = [(200, 128, 70), (65, 384, 65), (40, 256, 1), (40, 8192, 30), (5, 40960, 3)]  # the last two: parts of few or one row
+    if name.startswith("int4_g"):  # parts of a unit, of 16 groups
+        group = int(name[6:])
+        shapes += [(40, 128 + i * group, 9) for i in range(1, 128 // group)] + [(40, 19 * group, 9)]
+    else:
+        shapes += [(40, 100, 9), (40, 16, 9)]
+    for neurons, width, count in shapes:
         packed, values = weight(rng, neurons, width, name)
         at = np.sort(np.stack([rng.permutation(neurons)[:count] for _ in range(9)]), axis=1).astype(np.int32)
         x, h = rng.standard_normal((9, width), dtype=np.float32), rng.standard_normal((9, count), dtype=np.float32)
@@ -95,12 +104,28 @@ def test_products_with_some_rows(library: Library, name: str) -> None:
         assert (
             np.abs(z - np.einsum("mj,mjk->mk", h, rows)) <= (count + 3) * U * np.einsum("mj,mjk->mk", abs(h), abs(rows)) + 1e-30
         ).all()
-        for m, threads in ((1, 1), (1, 2), (4, 1), (9, 1)):
+        for m, threads in ((1, 1), (1, 2), (1, 3), (2, 2), (4, 1), (9, 1), (9, 3)):
             part, other = np.full((m, count), np.nan, np.float32), np.full((m, width), np.nan, np.float32)
             last = [np.ascontiguousarray(a[9 - m :]) for a in (x, at, h)]
             library.call(f"at_{name}", threads, m, neurons, width, count, last[0], packed, last[1], part)
             library.call(f"from_{name}", threads, m, neurons, width, count, last[2], packed, last[1], other)
             assert same_bits(part, y[9 - m :]) and same_bits(other, z[9 - m :]), (m, threads)
+
+
+@pytest.mark.quick
+def test_costs_count_the_rows_that_are_named() -> None:
+    n = dim("rows", 1, 8)
+    x, at = ops.param(name="x", type=Tensor("f32", (n, 128))), ops.param(name="at", type=Tensor("i32", (n, 16)))
+    w = ops.weight(name="w", type=Tensor("int4_g64", (64, 128)))
+    up = Function("up", [x, at], {"y": ops.linear_at(x, w, at)})
+    h = ops.param(name="h", type=Tensor("f32", (n, 16)))
+    down = Function("down", [h, at], {"y": ops.linear_from(h, w, at)})
+    for made in program(Module([up, down]), registry.get("cpu")).schedules:
+        (launch,) = made.launches
+        flops, size = (compile_size(str(s), frozenset({"rows"})) for s in (launch.cost.flops, launch.cost.bytes))
+        for rows, read in ((1, 16), (8, 64)):  # each row once
+            assert flops({"rows": rows}) == rows * 2 * 16 * 128
+            assert size({"rows": rows}) == read * (64 + 2 * 2) + rows * 4 * (128 + 16 + 16)
 
 
 def loss_of(keep: float, *before: Any) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import stemma
+from stemma.cli.page import page
 from stemma.ir import OPS, parse_module, print_module
 from stemma.passes.pipelines import pipeline
 from tests.commands import as_json, refused, run, succeeded
@@ -218,3 +219,13 @@ def test_the_page_of_an_artifact(model: Path, tmp_path: Path) -> None:
     assert "incremental" in text and "<h2>Programs</h2>" in text and "max_new_tokens" in text
     assert "identical" in text and "<script src" not in text and "<link" not in text
     assert "cannot be written" in refused("inspect", model, "--html", tmp_path / "absent" / "page.html")
+
+
+def test_the_page_shows_text_as_text(model: Path) -> None:
+    """An artifact may come from anywhere: nothing in its manifest becomes markup."""
+    manifest = as_json("inspect", model)
+    bad = "<script>alert('x')</script>\" onclick=x"
+    changed = json.loads(json.dumps(manifest).replace('"identical"', json.dumps(bad)).replace('"incremental"', json.dumps(bad)))
+    assert changed["passes"][0]["label"] == bad and any(p["name"] == bad for p in changed["passes"])
+    text = page(changed, 1)
+    assert "<script" not in text and '" onclick' not in text and "&lt;script&gt;" in text

@@ -35,7 +35,7 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
     )
     parts.append(f"<p>Results are {verdict}.</p>")
     passes = [
-        (p["name"], f"<span class={p['label']}>{p['label']}</span>", ", ".join(f"{k}={v}" for k, v in p["options"].items()),
+        (p["name"], _label(p["label"]), ", ".join(f"{k}={v}" for k, v in p["options"].items()),
          f"{p['seconds'] * 1e3:.0f}", quality(p["loss"]) if p["label"] == "lossy" else "")
         for p in manifest["passes"]
     ]  # fmt: skip
@@ -44,7 +44,7 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
         _table(("pass", "label", "options", "ms", "measured against the checkpoint"), passes, html={1}, numbers={3}),
     ]
     programs = [
-        (name, f"<span class={p.get('label')}>{p.get('label', '')}</span>", ", ".join(p.get("models", ())), _names(p["params"]),
+        (name, _label(p.get("label", "")), ", ".join(p.get("models", ())), _names(p["params"]),
          (p.get("speculation") or {}).get("draft", ""), p.get("doc", ""))
         for name, p in manifest["programs"].items()
     ]  # fmt: skip
@@ -60,6 +60,11 @@ def page(manifest: Mapping[str, Any], size: int) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8">{title}<style>{STYLE}</style><body>{"".join(parts)}</body></html>\n'
     )
+
+
+def _label(label: object) -> str:
+    text = escape(str(label))
+    return f'<span class="{text}">{text}</span>'
 
 
 def _names(parameters: Sequence[Mapping[str, Any]]) -> str:

@@ -119,8 +119,8 @@ def _pair_block(rows: Rows, node: Node, start: int, stop: int) -> Array:
 
 def _plain(value: Any, name: str) -> Array:
     """Row-major bytes in the storage type."""
-    if isinstance(value, Quantized):
-        return pack_rows(value, name)
+    if isinstance(value, Quantized):  # of a transposed weight the parts are in the order of columns
+        return pack_rows(Quantized(value.dtype, {k: np.ascontiguousarray(v) for k, v in value.parts.items()}), name)
     if name == "bf16" and value.dtype != np.uint16:
         value = round_bf16(value)
     return np.ascontiguousarray(value, numpy_dtype(name)).reshape(-1).view(np.uint8)

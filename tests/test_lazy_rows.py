@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stemma.ir import Node, Rows, Tensor, WeightStore, ops, quantize_array
+from stemma.backends.cpu.formats.rows import pack_rows
+from stemma.codegen.pack import _plain
+from stemma.ir import Node, Quantized, Rows, Tensor, WeightStore, ops, quantize_array
 from stemma.ir import rows as lazy
 from stemma.ir.rows import LazyRows
 
@@ -45,3 +47,12 @@ def test_neighbours_are_read_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(reads) == 1
     rows.take(np.array([1, 2, 100, 290]))
     assert len(reads) == 4
+
+
+@pytest.mark.parametrize("format", ["int8", "int4_g32"])
+def test_rows_of_a_transposed_weight_are_packed(format: str) -> None:
+    """As contextual sparsity stores down projections: rounding gives parts in the order of columns."""
+    turned = quantize_array(WEIGHT[:256].T, format)
+    in_columns = Quantized(format, {k: np.asfortranarray(v) for k, v in turned.parts.items()})
+    in_rows = Quantized(format, {k: np.ascontiguousarray(v) for k, v in turned.parts.items()})
+    assert np.array_equal(_plain(in_columns, format), pack_rows(in_rows, format))

@@ -109,6 +109,23 @@ def test_attention_ignores_what_other_rows_see(library: Library) -> None:
     assert same_bits(clean[0], dirty[0]) and np.isnan(dirty[1]).all()
 
 
+@pytest.mark.parametrize("shared", range(1, 13))
+def test_attention_of_neighbours_that_share_nothing(library: Library, shared: int) -> None:
+    """A run of rows leaves what was summed up for the rows after it, whatever share of the vectors of its queries it fills."""
+    rng = np.random.default_rng(19)
+    k, v = (rng.standard_normal((2, 400, 64), dtype=np.float32) for _ in range(2))
+    k[0] *= 30  # large maxima in the head that a thread has first
+    table = rng.permutation(400).astype(np.int32).reshape(4, 100)
+    rows = shared + 3
+    positions, sequence = np.full(rows, 99, np.int32), np.array([0] * shared + [1, 2, 3], np.int32)
+    q, y = rng.standard_normal((rows, 512), dtype=np.float32), np.zeros((rows, 512), np.float32)
+    library.call("cached_gqa", 1, rows, 400, 100, q, 512, k, v, positions, sequence, table, y)
+    for r in range(rows):
+        one = np.zeros((1, 512), np.float32)
+        library.call("cached_gqa", 1, 1, 400, 100, q[r], 512, k, v, positions[r:], sequence[r:], table, one)
+        assert same_bits(one[0], y[r]), r
+
+
 def tree(context: int, slots: int) -> tuple[Any, Any]:
     """(rows of the table, positions) of tokens in a tree: paths share a prefix, then have slots of their own, as forks do."""
     rng = np.random.default_rng(16)

@@ -2,9 +2,9 @@
 
 Speculative decoding verifies n drafted tokens in one step, so it pays as long as step(n) stays close to step(1). For each n: the
 median of interleaved rounds (and half the distance of the quartiles), its ratio to step(1), how much faster decoding is when all n
-tokens are accepted and drafting is free (`all followed`: no drafter can bring more), and two floors of this machine: all weights read
-once at the probed bandwidth (a model that fits in the caches can beat it), and the n rows' operations at the probed peaks of the
-units that do them. `chain`: n tokens in a row. `tree`: n siblings after one prefix, each with a row of the table.
+tokens are accepted and drafting is free (`all followed`: no drafter can bring more), and two floors of this machine: all weights
+read once at the probed bandwidth (a model that fits in the caches can beat it), and the n rows' operations at the probed peaks of
+the units that do them. `chain`: n tokens in a row. `tree`: n siblings after one prefix, each with a row of the table.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def main() -> None:
             weights, work = step.floors(n, ceilings)
             further = (chain - one) / (n - rows[0]) if n > rows[0] else 0.0
             print(
-                f"| {n} | {1e6 * chain:.0f} | ±{1e6 * (high - low) / 2:.0f} | {chain / one:.2f} | {n * one / chain:.2f} | {1e6 * further:.1f}"
+                f"| {n} | {1e6 * chain:.0f} | ±{1e6 * (high - low) / 2:.0f} | {chain / one:.2f} | {n * one / chain:.2f}"
+                f" | {1e6 * further:.1f}"
                 f" | {1e6 * siblings:.0f} | {1e6 * weights:.0f} | {1e6 * work:.0f} | {chain / max(weights, work):.2f} |",
                 flush=True,
             )

@@ -6,7 +6,8 @@ Q4_0             int4_g32        code - 8
 Q8_0             int8_g32        the code
 Q5_0 IQ4_NL      int8_g32        code - 16, or the table's whole number: held exactly, in 8.5 bits a weight
 TQ1_0 TQ2_0      ternary_g256    code - 1
-Q2_K Q4_K Q6_K   q2_k q4_k q6_k  codes, sub-scales and minimums
+Q2_K Q4_K Q5_K   q2_k q4_k q5_k  codes, sub-scales and minimums
+Q6_K             q6_k            codes and sub-scales
 Q3_K             q6_k            codes -4..3 and sub-scales -32..31: held exactly, in 6.56 bits a weight
 
 The layouts are those of ggml-common.h, as gguf-py reads them. Other kinds have no format that holds them exactly, and are refused.
@@ -29,7 +30,7 @@ Parts = dict[str, Array]
 _FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 _IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8)
 _MINIMUMS = "whose minimums in f16 no format here holds without rounding"
-_REFUSED = {"Q4_1": _MINIMUMS, "Q5_1": _MINIMUMS, "Q5_K": "whose codes of 5 bits with minimums no format here holds"}
+_REFUSED = {"Q4_1": _MINIMUMS, "Q5_1": _MINIMUMS}
 
 
 @dataclass(frozen=True)
@@ -202,13 +203,21 @@ def _q3_k(b: Array) -> Parts:
     return {"codes": codes, "sub_scales": _flat(_less(scales, 32)), "d": _f16(b[..., 108:])}
 
 
-def _q4_k(b: Array) -> Parts:
+def _with_minimums(codes: Array, b: Array) -> Parts:
+    """The parts of q4_k and q5_k, whose blocks begin alike: d, dmin, and scales and minimums of 6 bits in 12 bytes."""
     low, minimum, high = b[..., 4:8], b[..., 8:12], b[..., 12:16]
     scales = np.concatenate([low & np.uint8(63), high & np.uint8(15) | low >> np.uint8(2) & np.uint8(48)], axis=-1)
     minimums = np.concatenate([minimum & np.uint8(63), high >> np.uint8(4) | minimum >> np.uint8(2) & np.uint8(48)], axis=-1)
-    codes = _levels(b[..., 16:], 32, 4).astype(np.int8)
     sides = {"sub_scales": _flat(scales), "sub_minimums": _flat(minimums)}
-    return {"codes": codes, **sides, "d": _f16(b[..., :2]), "dmin": _f16(b[..., 2:4])}
+    return {"codes": codes.astype(np.int8), **sides, "d": _f16(b[..., :2]), "dmin": _f16(b[..., 2:4])}
+
+
+def _q4_k(b: Array) -> Parts:
+    return _with_minimums(_levels(b[..., 16:], 32, 4), b)
+
+
+def _q5_k(b: Array) -> Parts:
+    return _with_minimums(_levels(b[..., 48:], 32, 4) | _levels(b[..., 16:48], 32, 1) << np.uint8(4), b)
 
 
 def _q6_k(b: Array) -> Parts:
@@ -219,7 +228,7 @@ def _q6_k(b: Array) -> Parts:
 
 _DECODERS: dict[str, tuple[str, Callable[[Array], Parts]]] = {
     "Q4_0": ("int4_g32", _q4_0), "Q5_0": ("int8_g32", _q5_0), "Q8_0": ("int8_g32", _q8_0), "IQ4_NL": ("int8_g32", _iq4_nl),
-    "Q2_K": ("q2_k", _q2_k), "Q3_K": ("q6_k", _q3_k), "Q4_K": ("q4_k", _q4_k), "Q6_K": ("q6_k", _q6_k),
-    "TQ1_0": ("ternary_g256", _tq1_0), "TQ2_0": ("ternary_g256", _tq2_0),
+    "Q2_K": ("q2_k", _q2_k), "Q3_K": ("q6_k", _q3_k), "Q4_K": ("q4_k", _q4_k), "Q5_K": ("q5_k", _q5_k),
+    "Q6_K": ("q6_k", _q6_k), "TQ1_0": ("ternary_g256", _tq1_0), "TQ2_0": ("ternary_g256", _tq2_0),
 }  # fmt: skip
 """By kind: the format, and the parts of blocks [rows, blocks, bytes]."""

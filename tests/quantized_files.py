@@ -110,8 +110,8 @@ def quantized_folder(folder: Path, settings: dict[str, Any], linear: Callable[[i
 
 
 PLACES = {  # bytes that hold the exponents of f16 scales in a block
-    "Q4_0": (1,), "Q5_0": (1,), "Q8_0": (1,), "IQ4_NL": (1,), "Q2_K": (81, 83), "Q3_K": (109,), "Q4_K": (1, 3), "Q6_K": (209,),
-    "TQ1_0": (53,), "TQ2_0": (65,),
+    "Q4_0": (1,), "Q5_0": (1,), "Q8_0": (1,), "IQ4_NL": (1,), "Q2_K": (81, 83), "Q3_K": (109,), "Q4_K": (1, 3), "Q5_K": (1, 3),
+    "Q6_K": (209,), "TQ1_0": (53,), "TQ2_0": (65,),
 }  # fmt: skip
 
 

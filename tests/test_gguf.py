@@ -66,7 +66,7 @@ def pick(**kinds: str) -> Callable[[str], str]:
 
 
 MIXED = pick(
-    token_embd="Q6_K", attn_q="Q4_K", attn_k="Q8_0", attn_v="Q3_K", attn_output="TQ2_0", gate="Q2_K", up="Q4_0", down="Q5_0"
+    token_embd="Q6_K", attn_q="Q4_K", attn_k="Q5_K", attn_v="Q3_K", attn_output="TQ2_0", gate="Q2_K", up="Q4_0", down="Q5_0"
 )
 MODELS: dict[str, tuple[str, str, dict[str, Any], Callable[[str], str]]] = {
     "llama bf16": ("llama", "llama", dict(tie_word_embeddings=False, num_hidden_layers=1), lambda name: "BF16"),

@@ -14,7 +14,7 @@ from stemma.passes.base import PassContext
 from stemma.passes.quantize import Quantize, RoundActivations
 from tests.test_formats import U, error_bound, libraries_of
 
-SUPER_BLOCKS = ("q2_k", "q4_k", "q6_k")
+SUPER_BLOCKS = ("q2_k", "q4_k", "q5_k", "q6_k")
 ROWS, COLUMNS = 70, 512
 
 
@@ -96,7 +96,8 @@ def test_super_blocks_are_rounded_once(name: str) -> None:
         if which in ("d", "dmin"):  # any f16 number, also those without a leading one
             return rng.integers(0, 0x7C00, shape).astype(np.uint16).view(np.float16) * rng.choice([-1, 1], shape).astype(np.float16)
         if which == "codes":
-            return rng.integers(-32, 32, shape) if name == "q6_k" else rng.integers(0, 4 if name == "q2_k" else 16, shape)
+            low = packing_of(name).seams()["low"]
+            return rng.integers(low, low + 2**format.bits, shape)
         return rng.integers(-128, 128, shape) if name == "q6_k" else rng.integers(0, 16 if name == "q2_k" else 64, shape)
 
     weight = stored(name, part)

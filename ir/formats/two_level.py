@@ -3,6 +3,7 @@
 name   value                                         sub-block  codes     sub_scales  sub_minimums  bits a weight
 q2_k   (d * sub_scale) * code - dmin * sub_minimum   16         0..3      0..15       0..15         2.625
 q4_k   (d * sub_scale) * code - dmin * sub_minimum   32         0..15     0..63       0..63         4.5
+q5_k   (d * sub_scale) * code - dmin * sub_minimum   32         0..31     0..63       0..63         5.5
 q6_k   (d * sub_scale) * code                        16         -32..31   -128..127   none          6.5625
 
 Parts of rows of K columns, exactly what a GGUF file holds: codes int8 [K]; sub_scales [K / sub-block] uint8 (q6_k: int8);
@@ -25,7 +26,7 @@ from stemma.ir import size
 from stemma.ir.formats.base import Array, Format, Quantized, as_f16, code_bytes
 from stemma.ir.size import SizeLike
 
-NAMES = "q2_k, q4_k, q6_k"
+NAMES = "q2_k, q4_k, q5_k, q6_k"
 SUPER = 256
 """Columns of a super-block."""
 _RANGES = (1.0, 0.9, 0.8, 0.7)  # shares of a sub-block's range that rounding tries: fewer levels wasted on its extremes
@@ -126,6 +127,7 @@ _FORMATS = {
     for f in (
         TwoLevel("q2_k", "quantized", 2, SUPER, sub=16, scale_bits=4, high=3, minimums=True),
         TwoLevel("q4_k", "quantized", 4, SUPER, sub=32, scale_bits=6, high=15, minimums=True),
+        TwoLevel("q5_k", "quantized", 5, SUPER, sub=32, scale_bits=6, high=31, minimums=True),
         TwoLevel("q6_k", "quantized", 6, SUPER, sub=16, scale_bits=8, low=-32, high=31),
     )
 }

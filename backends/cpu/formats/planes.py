@@ -1,17 +1,17 @@
-"""Codes of 2, 3, 4, 6 and 8 bits in planes, made for products of unsigned bytes.
+"""Codes of 2 to 6 and 8 bits in planes, made for products of unsigned bytes.
 
-A code is cut into planes of 4, 2 and 1 bits, the low bits first: 2 = [2], 3 = [2, 1], 4 = [4], 6 = [4, 2]; 8 stays whole. Byte i of
-a dword of a plane of p bits holds, for q < 8 / p, the bits of code[4q + i] at bit p * q: 32 / p columns of one output. So a quad of
-4 columns is one shift and one mask away from the four bytes that a dot product takes. A chunk is the fewest columns that fill
-whole dwords of every plane (8, 16 or 32), stored as [dword][64 outputs]. A panel is groups of columns one after the other: first
-the sides, the numbers that say what codes mean, then the chunks.
+A code is cut into planes of 4, 2 and 1 bits, the low bits first: 2 = [2], 3 = [2, 1], 4 = [4], 5 = [4, 1], 6 = [4, 2]; 8 stays
+whole. Byte i of a dword of a plane of p bits holds, for q < 8 / p, the bits of code[4q + i] at bit p * q: 32 / p columns of one
+output. So a quad of 4 columns is one shift and one mask away from the four bytes that a dot product takes. A chunk is the fewest
+columns that fill whole dwords of every plane (8, 16 or 32), stored as [dword][64 outputs]. A panel is groups of columns one after
+the other: first the sides, the numbers that say what codes mean, then the chunks.
 
 sides of int{2,3,8}_gN, ternary_gN    64 f16 scales
 sides of uint{2,3,4}_gN               64 f16 scales, 64 f16 zero points
-q2_k, q4_k, q6_k   in place of groups, super-blocks of 256 columns: 64 f16 d, 64 f16 dmin if there is one, then for every two
+q{2,4,5,6}_k       in place of groups, super-blocks of 256 columns: 64 f16 d, 64 f16 dmin if there is one, then for every two
   sub-blocks their sides, 64 bytes each, and their chunks
   q2_k  sub_scale | sub_minimum << 4 of both
-  q4_k  sub_scale | (sub_minimum & 3) << 6 of both, then 64 bytes with the minimums' other 4 bits, of the first in the low ones
+  q4_k, q5_k  sub_scale | (sub_minimum & 3) << 6 of both, then 64 bytes with the minimums' other 4 bits, of the first in the low
   q6_k  sub_scale + 128 of both
 """
 
@@ -30,8 +30,8 @@ from stemma.ir.formats.uniform import Uniform
 
 GROUPS = (32, 64, 128)
 ACTIVATIONS = (32, 64, 128)
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
-CHUNK = {2: 16, 3: 32, 4: 8, 6: 16, 8: 4}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+CHUNK = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 4}
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class SuperBlocks(Planes):
     def seams(self) -> dict[str, Any]:
         return {
             "bits": self.bits, "low": self.low, "group": SUPER, "sides": "two_level", "sides_bytes": self.sides_bytes,
-            "sub": self.rule.sub, "minimums": self.rule.minimums, "zeros": False,
+            "sub": self.rule.sub, "scale_bits": self.rule.scale_bits, "minimums": self.rule.minimums, "zeros": False,
         }  # fmt: skip
 
 
@@ -205,5 +205,5 @@ def packing(format: DType) -> Packing | None:
     return Groups(format, "planes", activations, format.bits, -128 if format.bits == 8 else format.low, format.zeros)
 
 
-EXAMPLES = ("int2_g128", "int3_g32", "uint4_g32", "int8_g32", "q2_k", "q4_k", "q6_k")
+EXAMPLES = ("int2_g128", "int3_g32", "uint4_g32", "int8_g32", "q2_k", "q4_k", "q5_k", "q6_k")
 """Names that the tests of all formats try."""

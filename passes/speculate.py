@@ -22,6 +22,7 @@ costs and gains (`governor`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -76,6 +77,12 @@ class Speculate(Pass):
     def __post_init__(self) -> None:
         labels: dict[str, Label] = {"recursive": "distribution", "typical": "lossy", "reflective": "lossy"}
         object.__setattr__(self, "label", labels.get(self.verify, "identical"))
+
+    def validate(self) -> None:
+        make_drafters(self.draft)
+        for name in ("epsilon", "delta"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise PassError(f"speculate: {name} is {value:g}; it is a number of 0 or more.")
 
     def needs(self) -> Needs:
         """What the drafters need compiled."""

@@ -32,6 +32,11 @@ def test_drafters_by_name(tmp_path: Path) -> None:
         make_drafters("draft_model{lenght=3}")
     with pytest.raises(PassError, match="does not close"):
         make_drafters("draft_model{length=3")
+    with pytest.raises(PassError, match="one is empty"):
+        make_drafters("recycling+")
+    for wrong in (Speculate(delta=-1.0), Speculate(epsilon=float("nan"))):
+        with pytest.raises(PassError, match="is .*; it is a number of 0 or more"):
+            wrong.validate()
     with pytest.raises(PassError, match="is empty"):
         make_drafters("+")
     mine = tmp_path / "mine.py"

@@ -33,8 +33,8 @@ def all_drafters() -> dict[str, type[Drafter]]:
 def make_drafters(specification: str) -> tuple[Drafter, ...]:
     """The drafters of `name{option=value}+file.py:Class+...`; PassError lists what there is."""
     parts = _parts(specification)
-    if not parts:
-        raise PassError(f"The drafter {specification!r} is empty; there are: {', '.join(all_drafters())}.")
+    if not all(parts):
+        raise PassError(f"In the drafters {specification!r} one is empty; there are: {', '.join(all_drafters())}.")
     return tuple(_make(part) for part in parts)
 
 
@@ -48,7 +48,7 @@ def _parts(text: str) -> list[str]:
             current = ""
         else:
             current += c
-    return [part.strip() for part in (*parts, current) if part.strip()]
+    return [part.strip() for part in (*parts, current)]
 
 
 def _make(specification: str) -> Drafter:

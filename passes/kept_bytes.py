@@ -1,10 +1,10 @@
-"""How many bytes the values need that speculation keeps from request to request."""
+"""How many bytes speculation needs: for the positions of its trees, and for what it keeps from request to request."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from stemma.ir import PassError, State, Tensor, Type, dtype, size
+from stemma.ir import Module, PassError, Size, State, Tensor, Type, dtype, size
 from stemma.ir.ops.governor import AGREED, BUCKETS, DEPTHS, RECENT
 from stemma.ir.ops.tables import CONTEXTS
 
@@ -19,6 +19,18 @@ def kept_bytes(type: Type) -> int:
     if not isinstance(type, State) or type.kind not in STATES:
         raise PassError(f"speculate: {type!r} cannot be kept; there are: tensors and the states {', '.join(STATES)}.")
     return STATES[type.kind](*(int(a) for a in type.args))
+
+
+def slot_bytes(module: Module, model: str) -> int:
+    """Bytes of one position in the caches of a model; 0 when the module does not have its step."""
+    name = "step" if model == "model" else f"{model}_step"
+    if name not in [f.name for f in module]:
+        return 0
+    total = 0
+    for cache in module[name].params:
+        if any(isinstance(s, Size) and str(s) == "slots" for s in cache.shape):
+            total += size.evaluate(cache.tensor.bytes, {"slots": 1})
+    return total
 
 
 def _trie(capacity: int) -> int:

@@ -27,14 +27,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from stemma.ir import Function, Module, Node, PassError, Size, State, Tensor, Tuple, Type, ops, size, stamp, walk
+from stemma.ir import Function, Module, Node, PassError, State, Tensor, Tuple, Type, ops, stamp, walk
 from stemma.ir import trace as p
 from stemma.ir.ops.choose import SETTINGS
 from stemma.ir.trace import Sequences, Value
 from stemma.ir.trace_scope import Cell, Scope, build, tracing
 from stemma.passes.base import Label, Needs, Pass, PassContext, Stage
 from stemma.passes.drafters import DraftContext, Drafter, Q, Table, make_drafters
-from stemma.passes.kept_bytes import kept_bytes
+from stemma.passes.kept_bytes import kept_bytes, slot_bytes
 from stemma.passes.loops import Match, Unfit, match_loop, steps_models
 from stemma.passes.reflective import Reflection, mixed, reflection_tokens
 
@@ -301,18 +301,6 @@ class _Program:
             "draft": options.draft, "nodes": self.nodes(self.size), "verify": options.verify, "shape": options.shape,
             "label": options.label, "bytes": tuple(self._bytes(self.context).items()),
         }  # fmt: skip
-
-
-def slot_bytes(module: Module, model: str) -> int:
-    """Bytes of one position in the caches of a model; 0 when the module does not have its step."""
-    name = "step" if model == "model" else f"{model}_step"
-    if name not in [f.name for f in module]:
-        return 0
-    total = 0
-    for cache in module[name].params:
-        if any(isinstance(s, Size) and str(s) == "slots" for s in cache.shape):
-            total += size.evaluate(cache.tensor.bytes, {"slots": 1})
-    return total
 
 
 # ---- one loop ---------------------------------------------------------------------------------------------------------

@@ -485,7 +485,7 @@ def test_models_without_programs(artifacts: Artifacts, tmp_path: Path) -> None:
         (("--option", "temperature=warm"), "'temperature' of the program 'generate' is a number, not 'warm'"),
         (("--option", "ignore_eos=1"), "is true or false, not '1'"),
         (("--option", "top_k=1.5"), "is an integer, not '1.5'"),
-        (("--option", "colour=1"), "There is no option colour"),
+        (("--option", "colour=1"), "The program 'generate' has no option 'colour'; it has: max_new_tokens"),
         (("--program", "small", "--temperature", 1), "There is no option temperature. The program 'small' has: max_new_tokens"),
     ],
 )

@@ -128,7 +128,7 @@ def test_clear_errors() -> None:
         (Quantize(bits=5), "bits=5"),
         (Quantize(bits=8, symmetric=False), "bits=8, symmetric=False, lookup=False is not available"),
         (Quantize(bits=1), "or 4, 3, 2 or 1 with lookup=true"),
-        (Quantize(format="q5_k"), "There is no element type 'q5_k'"),
+        (Quantize(format="q7_k"), "There is no element type 'q7_k'"),
         (Quantize(format="f32"), "f32 is not a quantized element type"),
     ):
         with pytest.raises(PassError, match=message):

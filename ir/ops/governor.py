@@ -54,7 +54,7 @@ def prior(place: int) -> float:
 class GovernorValue:
     """Acceptance [sources, DEPTHS, AGREED, RECENT, BUCKETS] and how often each was tried; turns so far.
 
-    recent: drafted tokens of the last tree with any that were accepted, at most RECENT - 1.
+    recent: drafted tokens that the last turn accepted, at most RECENT - 1; 1 when none was drafted.
     """
 
     size: int
@@ -218,7 +218,7 @@ class Learn(ProgramOp):
                     accepted[place] += ((child == following) - accepted[place]) / (min(tried[place], 60) + 4)
                     tried[place] += 1
         drafted = sequences.tree is not None and sequences.ran > 1
-        recent = min(max(len(sequences.visited) - 1, 0), RECENT - 1) if drafted else governor.recent
+        recent = min(max(len(sequences.visited) - 1, 0), RECENT - 1) if drafted else 1
         return replace(governor, accepted=accepted, tried=tried, turns=governor.turns + 1, recent=recent)
 
 

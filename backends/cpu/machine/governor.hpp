@@ -1,7 +1,8 @@
 // What speculation costs and gains, as in ir/ops/governor.py: how often drafted tokens are accepted, how long turns take.
 //
 // glossary  turn     one call of the model with all that belongs to it: drafting, choosing, learning
-//           recent   how many drafted tokens of the last tree with any were accepted, at most RECENT - 1: texts repeat by stretches
+//           recent   how many drafted tokens the last turn accepted, at most RECENT - 1, as texts repeat by stretches; 1 if none was
+//                    drafted, so that no bad stretch keeps drafters out for good
 //           class    how certain a tree is of the token after its root, in CLASSES steps
 //           gain     expected tokens of a tree less what its nodes cost, in tokens at the present rate; of a tree without nodes 0
 //           speed    how long calls take now, over what the curve says: machines have fast and slow times
@@ -346,7 +347,7 @@ inline bool op_learn(Call& call) {
       ++g.trials[at];
     }
   }
-  if (s.tree && s.ran > 1) g.recent = std::clamp<int64_t>((int64_t)s.visited.size() - 1, 0, RECENT - 1);
+  g.recent = s.tree && s.ran > 1 ? std::clamp<int64_t>((int64_t)s.visited.size() - 1, 0, RECENT - 1) : 1;
   Instance& instance = call.instance;
   const bool known = take_time(g, instance, s);
   for (const Asked& each : instance.asked) {

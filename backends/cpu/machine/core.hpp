@@ -256,6 +256,10 @@ struct Tree : Object {
   std::vector<float> scores;
   Object* clone() const override { return new Tree(*this); }
   int64_t count() const { return (int64_t)tokens.size(); }
+  void reserve(int64_t nodes) {  // once, as trees are made and grown in every turn
+    for (auto* column : {&tokens, &parents, &sources, &agreed, &ranks, &depths, &orders}) column->reserve((size_t)nodes);
+    scores.reserve((size_t)nodes);
+  }
   int32_t child(int32_t parent, int32_t token) const {
     for (int32_t i = parent + 1; i < (int32_t)tokens.size(); ++i)
       if (parents[(size_t)i] == parent && tokens[(size_t)i] == token) return i;

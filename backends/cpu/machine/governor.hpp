@@ -19,6 +19,9 @@ constexpr size_t CLASSES = 4;
 constexpr int64_t EXPLORE = 32, SPARSELY = 32, PLAIN_FIRST = 4, ROWS = 512;
 constexpr int64_t NODES = 64;  // of a drafter of which it is known what they bring
 constexpr int64_t TRIAL = 4, PAUSE = 16, LONGEST = 512;  // turns in which a drafter is asked again; turns between them
+constexpr int64_t SPARE = 3;       // nodes that are drafted beyond the last that brings more than
+constexpr double NOTHING = 0.01;   // tokens
+constexpr double TRYING = 0.01;    // share of the time that trials may take, unless pauses would be longer than that
 constexpr double PATIENCE = 0.8;  // a drafter is asked until it brings less than this share of its cost
 
 inline int halves(double x) {
@@ -191,6 +194,16 @@ struct Governor : Object {
     else if (a.tried) ++a.limit;
     a.limit = std::min(a.limit, most);
   }
+  // Of another drafter a few more than ever bring anything; at first, and now and then, all.
+  void trim(Asked& a, int64_t most) const {
+    a.limit = most;
+    if (drafted[(size_t)(a.source * RECENT + a.recent)] < 2 * TRIAL || turns % EXPLORE == EXPLORE / 2) return;
+    const double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
+    int64_t last = 0;
+    for (int64_t i = 0; i < std::min(most, NODES); ++i)
+      if (each[i] > NOTHING) last = i + 1;
+    if (last < NODES) a.limit = std::min(most, last + SPARE);
+  }
   void take(const Asked& a) {
     const double weight = 1.0 / (double)std::min<int64_t>(++drafted[(size_t)(a.source * RECENT + a.recent)] + 2, 8);
     double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
@@ -213,7 +226,8 @@ struct Governor : Object {
     const double cost = rate() * (d.seconds + (first ? handling : 0));
     if (d.pause) {
       if (d.asked < TRIAL) return;
-      d.pause = d.gain > cost ? 0 : std::min(2 * d.pause, LONGEST);
+      const double longest = TRIAL * d.seconds / (TRYING * this->cost(1));
+      d.pause = d.gain > cost ? 0 : std::min(2 * d.pause, (int64_t)std::clamp(longest, 8.0 * PAUSE, (double)LONGEST));
     } else if (d.asked >= PAUSE && d.gain < PATIENCE * cost) {
       d.pause = PAUSE;
     }
@@ -265,8 +279,9 @@ inline bool op_ask(Call& call) {
   for (const Asked& other : instance.asked) asked.first &= !other.drafted;
   const int64_t most = tree.limit / g.sources - 1;
   asked.drafted = asked.open = most > 0 && g.drafting[(size_t)asked.source * CLASSES + (size_t)asked.level].rest <= 0;
-  asked.limit = most, asked.recent = g.recent;
+  asked.recent = g.recent;
   if (asked.drafted && call.integer(1)) g.allow(asked, most);
+  else if (asked.drafted) g.trim(asked, most);
   asked.since = instance.busy_now();
   instance.asked.push_back(asked);
   call.out[0] = tensor(I32, {});
@@ -300,8 +315,7 @@ inline bool op_prune(Call& call) {
   kept->size = t.size, kept->limit = t.limit;
   place.assign((size_t)t.count(), 0);
   best.insert(best.begin(), 0);
-  for (auto* column : {&kept->tokens, &kept->parents, &kept->sources, &kept->agreed, &kept->ranks, &kept->depths})
-    column->reserve(best.size());
+  kept->reserve((int64_t)best.size());
   for (int32_t i : best) {
     place[(size_t)i] = (int32_t)kept->tokens.size();
     kept->copy(t, (size_t)i, i ? place[(size_t)t.parents[(size_t)i]] : -1);

@@ -12,6 +12,7 @@ inline bool op_tree(Call& call) {
   t->size = call.size(0);
   if (t->size < 1 || t->size > 1 << 20) fail("tree: %lld is no size of a tree", (long long)t->size);
   t->limit = *call.in[1].i32();
+  t->reserve(std::clamp<int64_t>(std::min(t->limit, t->size), 1, 64));
   t->tokens = {*call.in[0].i32()}, t->parents = {-1}, t->scores = {1.0f};
   t->sources = t->agreed = t->ranks = t->depths = t->orders = {0};
   call.out[0] = holder;

@@ -384,7 +384,8 @@ class _Loop:
                 p.cond(test, lambda: run(*inputs), lambda: None)
 
         for drafter, context in drafts:
-            context.limit = ask("ask", tree.node, source=context.source, slow=drafter.slow) if measured else limit
+            slow = drafter.slow and not self.samples
+            context.limit = ask("ask", tree.node, source=context.source, slow=slow) if measured else limit
             only_if(context.limit > 1 if measured or reflection else None, draft, drafter, context)
         if reflection:
             tree.node = build("best_chain", tree.node, *([cells[GOVERNOR].node] if measured else []))

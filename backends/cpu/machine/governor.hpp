@@ -21,7 +21,7 @@ constexpr int64_t NODES = 64;  // of a drafter of which it is known what they br
 constexpr int64_t TRIAL = 4, PAUSE = 16, LONGEST = 512;  // turns in which a drafter is asked again; turns between them
 constexpr int64_t SPARE = 3;       // nodes that are drafted beyond the last that brings more than
 constexpr double NOTHING = 0.01;   // tokens
-constexpr double TRYING = 0.01;    // share of the time that trials may take, unless pauses would be longer than that
+constexpr double TRYING = 0.01;    // share of the time that trials may take, unless pauses would be longer than LONGEST
 constexpr double PATIENCE = 0.8;  // a drafter is asked until it brings less than this share of its cost
 
 inline int halves(double x) {
@@ -205,6 +205,7 @@ struct Governor : Object {
     if (last < NODES) a.limit = std::min(most, last + SPARE);
   }
   void take(const Asked& a) {
+    if (a.brought.empty()) return;  // samples are not chosen among
     const double weight = 1.0 / (double)std::min<int64_t>(++drafted[(size_t)(a.source * RECENT + a.recent)] + 2, 8);
     double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
     for (size_t i = 0; i < a.brought.size() && i < (size_t)NODES; ++i) mix(each[i], a.brought[i], weight);

@@ -367,7 +367,7 @@ class _Loop:
             return Value(build(name, cells[GOVERNOR].node, *inputs, **attrs))
 
         def draft(drafter: Drafter, context: DraftContext) -> None:
-            own = p.tree(token, context.limit, size)
+            own = tree if alone and not measured else p.tree(token, context.limit, size)
             drafter.draft(context, text.copy(), token, own, cells)
             if alone:
                 tree.node = own.node

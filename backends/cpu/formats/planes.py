@@ -50,6 +50,12 @@ class Planes(Packing):
         """Bytes of a group's sides, of 64 outputs."""
         raise NotImplementedError
 
+    def seams(self) -> dict[str, Any]:
+        chunk = CHUNK[self.bits]
+        return {
+            "bits": self.bits, "low": self.low, "chunk": chunk, "dwords": chunk * self.bits // 32, "sides_bytes": self.sides_bytes,
+        }  # fmt: skip
+
     def refusal(self, columns: int) -> str:
         group = self.format.group
         return f"{self.format.name} needs an input size that is a multiple of {group}, not {columns}" if columns % group else ""
@@ -113,10 +119,7 @@ class Groups(Planes):
         return quantized(self.format, **parts)
 
     def seams(self) -> dict[str, Any]:
-        return {
-            "bits": self.bits, "low": self.low, "group": self.format.group, "sides": "groups", "sides_bytes": self.sides_bytes,
-            "zeros": self.zeros,
-        }  # fmt: skip
+        return super().seams() | {"group": self.format.group, "sides": "groups", "zeros": self.zeros}
 
 
 @dataclass(frozen=True)
@@ -187,10 +190,9 @@ class SuperBlocks(Planes):
         return quantized(self.format, codes=codes, d=d, dmin=dmin, sub_scales=part(scales), sub_minimums=part(minimums))
 
     def seams(self) -> dict[str, Any]:
-        return {
-            "bits": self.bits, "low": self.low, "group": SUPER, "sides": "two_level", "sides_bytes": self.sides_bytes,
-            "sub": self.rule.sub, "scale_bits": self.rule.scale_bits, "minimums": self.rule.minimums, "zeros": False,
-        }  # fmt: skip
+        rule = self.rule
+        sides = {"sub": rule.sub, "scale_bits": rule.scale_bits, "minimums": rule.minimums, "zeros": False}
+        return super().seams() | {"group": SUPER, "sides": "two_level"} | sides
 
 
 def packing(format: DType) -> Packing | None:

@@ -179,11 +179,12 @@ struct Governor : Object {
       worth[(size_t)best[i]] = scores[(size_t)best[i]] - per_second * (cost((int64_t)i + 2) - cost((int64_t)i + 1));
     return most;
   }
+  size_t stretch(const Asked& a) const { return (size_t)(a.source * RECENT + a.recent); }
   // Of at most `most` nodes of a slow drafter as many as bring most, less the time that they take it. At first, and now and then,
   // other numbers are tried, which say nothing of whether it pays.
   void allow(Asked& a, int64_t most) const {
     const Effort& e = effort[(size_t)a.source];
-    const double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
+    const double* each = &brought[stretch(a) * NODES];
     const double took = rate() * e.per_node();
     double total = 0, best = 0;
     a.limit = 1;
@@ -197,8 +198,8 @@ struct Governor : Object {
   // Of another drafter a few more than ever bring anything; at first, and now and then, all.
   void trim(Asked& a, int64_t most) const {
     a.limit = most;
-    if (drafted[(size_t)(a.source * RECENT + a.recent)] < 2 * TRIAL || turns % EXPLORE == EXPLORE / 2) return;
-    const double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
+    if (drafted[stretch(a)] < 2 * TRIAL || turns % EXPLORE == EXPLORE / 2) return;
+    const double* each = &brought[stretch(a) * NODES];
     int64_t last = 0;
     for (int64_t i = 0; i < std::min(most, NODES); ++i)
       if (each[i] > NOTHING) last = i + 1;
@@ -206,9 +207,9 @@ struct Governor : Object {
   }
   void take(const Asked& a) {
     if (a.brought.empty()) return;  // samples are not chosen among
-    const double weight = 1.0 / (double)std::min<int64_t>(++drafted[(size_t)(a.source * RECENT + a.recent)] + 2, 8);
-    double* each = &brought[(size_t)((a.source * RECENT + a.recent) * NODES)];
-    for (size_t i = 0; i < a.brought.size() && i < (size_t)NODES; ++i) mix(each[i], a.brought[i], weight);
+    const double weight = 1.0 / (double)std::min<int64_t>(++drafted[stretch(a)] + 2, 8);
+    double* each = &brought[stretch(a) * NODES];
+    for (size_t i = 0; i < a.brought.size(); ++i) mix(each[i], a.brought[i], weight);
     effort[(size_t)a.source].take((double)a.limit, a.seconds / speed);
   }
   size_t class_of(const Tree& t) const {
@@ -237,8 +238,8 @@ struct Governor : Object {
   }
 };
 
-// What is asked of an instance's drafters in a turn is noted in `asked`; the last one drafts until `closed`.
-inline void close(Instance& instance, const Governor& g, const Tree& tree, std::vector<int32_t>& best) {
+// What is asked of an instance's drafters in a turn is noted in `asked`; the last one drafts until `closed`. The gain of the tree.
+inline double close(Instance& instance, const Governor& g, const Tree& tree, std::vector<int32_t>& best) {
   static thread_local std::vector<double> worth;
   const double gain = g.choose(tree, best, worth);
   for (Asked& last : instance.asked) {
@@ -251,6 +252,7 @@ inline void close(Instance& instance, const Governor& g, const Tree& tree, std::
       if (const size_t order = (size_t)tree.orders[i] - 1; tree.sources[i] == last.source && order < last.brought.size())
         last.brought[order] = worth[i];
   }
+  return gain;
 }
 
 inline bool op_plan(Call& call) {
@@ -272,10 +274,8 @@ inline bool op_ask(Call& call) {
   asked.source = std::clamp<int64_t>(call.integer(0), 0, g.sources - 1);
   if (tree.count() > 1) {
     static thread_local std::vector<int32_t> best;
-    static thread_local std::vector<double> worth;
-    close(instance, g, tree, best);
+    asked.gain = close(instance, g, tree, best);
     asked.level = (int32_t)g.class_of(tree);
-    asked.gain = g.choose(tree, best, worth);
   }
   for (const Asked& other : instance.asked) asked.first &= !other.drafted;
   const int64_t most = tree.limit / g.sources - 1;
